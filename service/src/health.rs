@@ -1,0 +1,90 @@
+//! Liveness, readiness and metrics over HTTP, and the server that serves them.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use axum::{Json, Router, extract::State, http::StatusCode, response::IntoResponse, routing::get};
+use prometheus_client::registry::Registry;
+use serde::Serialize;
+use tokio::net::TcpListener;
+
+use crate::{Failure, exit::Kind, metrics, shutdown::Shutdown};
+
+/// Whether the service can do its work, and in which state it is. Cloning shares it.
+#[derive(Debug, Clone)]
+pub struct Health(Arc<Mutex<Readiness>>);
+
+#[derive(Debug, Clone, Serialize)]
+struct Readiness {
+    ready: bool,
+    /// One word for a table: `starting`, `streaming`, `standby`, `serving`, `draining`, …
+    state: String,
+    /// Why it is not ready, or what else a reader should know; empty when there is nothing to say.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    detail: String,
+}
+
+impl Default for Health {
+    fn default() -> Self {
+        Self(Arc::new(Mutex::new(Readiness {
+            ready: false,
+            state: "starting".into(),
+            detail: String::new(),
+        })))
+    }
+}
+
+impl Health {
+    /// The service does its work.
+    pub fn ready(&self, state: &str) {
+        self.set(true, state, String::new());
+    }
+
+    /// The service runs but cannot do its work, and why.
+    pub fn not_ready(&self, state: &str, detail: impl Into<String>) {
+        self.set(false, state, detail.into());
+    }
+
+    fn set(&self, ready: bool, state: &str, detail: String) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) =
+            Readiness { ready, state: state.into(), detail };
+    }
+
+    fn get(&self) -> Readiness {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// `GET /health/live` (200 while the process answers), `GET /health/ready` (200 or 503, with the state) and
+/// `GET /metrics` (`OpenMetrics` text).
+pub fn router(health: Health, registry: Arc<Registry>) -> Router {
+    Router::new()
+        .route("/health/live", get(|| async { Json(serde_json::json!({"live": true})) }))
+        .route("/health/ready", get(ready).with_state(health))
+        .route("/metrics", get(render).with_state(registry))
+}
+
+async fn ready(State(health): State<Health>) -> impl IntoResponse {
+    let now = health.get();
+    let status = if now.ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    (status, Json(now))
+}
+
+async fn render(State(registry): State<Arc<Registry>>) -> impl IntoResponse {
+    ([(axum::http::header::CONTENT_TYPE, metrics::CONTENT_TYPE)], metrics::render(&registry))
+}
+
+/// Binds `listen` (`address:port`), with the exact next step if it is taken.
+pub async fn bind(listen: &str) -> Result<TcpListener, Failure> {
+    TcpListener::bind(listen).await.map_err(|e| {
+        Failure::new(Kind::Refused, format!("cannot listen on {listen}: {e}"))
+            .hint("choose another address with http.listen, or stop what listens there")
+    })
+}
+
+/// Serves until the shutdown is asked for and the requests under way have been answered.
+pub async fn serve(listener: TcpListener, router: Router, shutdown: Shutdown) -> Result<(), Failure> {
+    axum::serve(listener, router)
+        .with_graceful_shutdown(async move { shutdown.requested().await })
+        .await
+        .map_err(|e| Failure::new(Kind::Internal, format!("the HTTP server failed: {e}")))
+}

@@ -1,0 +1,15 @@
+//! What every service of this project does alike, and a user therefore sees alike: configuration, secrets,
+//! logs, health, metrics, problem+json and the drain on SIGTERM. No domain types live here.
+
+pub mod config;
+pub mod exit;
+pub mod health;
+pub mod logs;
+pub mod metrics;
+pub mod problem;
+pub mod shutdown;
+
+pub use config::Secret;
+pub use exit::Failure;
+pub use health::Health;
+pub use problem::Problem;
