@@ -1,1 +1,13 @@
+//! The relay's decisions, without I/O: what the bytes of a replication stream mean, which record each outbox
+//! row becomes, and which LSN may be confirmed. Time comes in as an argument and work goes out as a value, so a
+//! test feeds bytes and asserts what comes out.
 
+pub mod lsn;
+pub mod outbox;
+pub mod pgoutput;
+pub mod progress;
+pub mod relay;
+pub mod route;
+
+pub use lsn::Lsn;
+pub use relay::{Outgoing, Relay, StatusUpdate};

@@ -1,0 +1,393 @@
+//! The state machine between the replication stream and Kafka.
+//!
+//! `handle_*` takes what happened and the time; [`Relay::handle_wal`] hands back the record to enqueue,
+//! [`Relay::take_status`] the status update to send. Time is a [`Duration`] since an arbitrary start.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fmt::{self, Write as _},
+    time::Duration,
+};
+
+use serde_json::value::RawValue;
+
+use crate::{
+    Lsn,
+    outbox::{Field, OutboxRow, OutboxTable, Poison, Shape},
+    pgoutput::{self, DecodeError, Message, Row},
+    progress::{NotInFlight, Progress, Ticket},
+    route::TopicTemplate,
+};
+
+/// Kafka's and librdkafka's cost of a record beside its own bytes, in bytes: a round figure for the credit.
+const OVERHEAD_BYTES: usize = 256;
+/// Between two status updates that only tell progress.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
+/// From the Unix epoch to Postgres' (2000-01-01), in microseconds.
+const POSTGRES_EPOCH_US: i64 = 946_684_800_000_000;
+
+/// What the state machine has to know.
+#[derive(Debug, Clone)]
+pub struct Options {
+    pub table: OutboxTable,
+    pub topic: TopicTemplate,
+    /// Input pauses while this many bytes, or more, are in flight. One record may exceed it.
+    pub in_flight_limit_bytes: usize,
+    /// The longest time between two status updates: well below the server's `wal_sender_timeout`.
+    pub status_interval: Duration,
+    /// The server is taken for dead when nothing came for so long although we read.
+    pub silence_limit: Duration,
+}
+
+/// A record for Kafka. It must be enqueued in the order in which it came, and later [settled](Relay::handle_settled).
+#[derive(Debug, Clone, Copy)]
+pub struct Outgoing<'a> {
+    pub ticket: Ticket,
+    pub topic: &'a str,
+    pub row: OutboxRow<'a>,
+    /// The commit time, in milliseconds since the Unix epoch: the record's timestamp.
+    pub committed_at_ms: i64,
+    position: &'a PositionText,
+    own_headers: &'a [OwnHeader],
+}
+
+/// A header that the row brought: its name, and its value unless that is JSON's null.
+type OwnHeader = (String, Option<String>);
+
+/// The record's identity as text, for its headers.
+#[derive(Debug, Default)]
+struct PositionText {
+    commit_lsn: String,
+    seq: String,
+}
+
+impl<'a> Outgoing<'a> {
+    /// The record's headers, in order: ours, then the row's own.
+    pub fn headers(&self) -> impl Iterator<Item = (&'a str, Option<&'a [u8]>)> {
+        let row = self.row;
+        let traceparent = row.traceparent.map(|t| ("traceparent", Some(t.as_bytes())));
+        let ours = [
+            ("id", row.id),
+            ("type", row.event_type),
+            ("aggregatetype", row.aggregate_type),
+            ("lsn", self.position.commit_lsn.as_str()),
+            ("seq", self.position.seq.as_str()),
+        ];
+        let own = self.own_headers.iter().map(|(n, v)| (n.as_str(), v.as_deref().map(str::as_bytes)));
+        ours.into_iter().map(|(name, value)| (name, Some(value.as_bytes()))).chain(traceparent).chain(own)
+    }
+}
+
+/// Names of headers that are the relay's; a row's own header of that name is left out.
+const RESERVED_HEADERS: [&str; 5] = ["id", "type", "aggregatetype", "lsn", "seq"];
+
+/// A standby status update
+/// (<https://www.postgresql.org/docs/current/protocol-replication.html>).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StatusUpdate {
+    /// What has been read.
+    pub received: Lsn,
+    /// What may be forgotten by the server.
+    pub confirmed: Lsn,
+}
+
+/// Why the relay must not go on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Halt {
+    /// Bytes that are not pgoutput's.
+    Undecodable { commit_lsn: Lsn, seq: u64, error: DecodeError },
+    /// Messages in an order that pgoutput does not send.
+    OutOfProtocol(&'static str),
+    /// A row that cannot become a record.
+    Poison { commit_lsn: Lsn, seq: u64, row_id: Option<String>, poison: Poison },
+    /// A delivery report for a record that is not in flight.
+    UnknownTicket(NotInFlight),
+}
+
+impl fmt::Display for Halt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Undecodable { commit_lsn, seq, error } => {
+                write!(
+                    f,
+                    "change {seq} of the transaction committed at {commit_lsn} cannot be decoded: {error}"
+                )
+            }
+            Self::OutOfProtocol(what) => write!(f, "the replication stream is out of protocol: {what}"),
+            Self::Poison { commit_lsn, seq, row_id, poison } => {
+                let id = row_id.as_deref().unwrap_or("unknown");
+                write!(
+                    f,
+                    "outbox row {id} (commit LSN {commit_lsn}, change {seq}) cannot be published: {poison}"
+                )
+            }
+            Self::UnknownTicket(NotInFlight(ticket)) => {
+                write!(f, "Kafka reported the delivery of record {} which is not in flight", ticket.0)
+            }
+        }
+    }
+}
+
+impl std::error::Error for Halt {}
+
+/// The transaction that is being read.
+#[derive(Debug)]
+struct Open {
+    commit_lsn: Lsn,
+    committed_at_ms: i64,
+    /// The ordinal of the next change, counting everything pgoutput sends inside the transaction.
+    next_seq: u64,
+}
+
+/// One replication session's state. A new session starts with a new one.
+#[derive(Debug)]
+pub struct Relay {
+    options: Options,
+    progress: Progress,
+    open: Option<Open>,
+    /// The shape of each relation seen; None where it is not the outbox.
+    relations: HashMap<u32, Option<Shape>>,
+    received: Lsn,
+    last_heard: Duration,
+    last_status: Duration,
+    reported: Lsn,
+    reply_wanted: bool,
+    ignored_changes: u64,
+    // Scratch that keeps its capacity from row to row.
+    topic: String,
+    payload: Vec<u8>,
+    position: PositionText,
+    own_headers: Vec<OwnHeader>,
+}
+
+impl Relay {
+    /// A session that starts now, everything up to `confirmed` having been settled earlier.
+    pub fn new(options: Options, confirmed: Lsn, now: Duration) -> Self {
+        Self {
+            options,
+            progress: Progress::new(confirmed),
+            open: None,
+            relations: HashMap::new(),
+            received: confirmed,
+            last_heard: now,
+            last_status: now,
+            reported: confirmed,
+            // The first status update goes out at once: it tells the server who we are and where we stand.
+            reply_wanted: true,
+            ignored_changes: 0,
+            topic: String::new(),
+            payload: Vec::new(),
+            position: PositionText::default(),
+            own_headers: Vec::new(),
+        }
+    }
+
+    /// One message of the stream, at `start` in the log. What comes back is to be enqueued.
+    pub fn handle_wal<'a>(
+        &'a mut self,
+        start: Lsn,
+        bytes: &'a [u8],
+        now: Duration,
+    ) -> Result<Option<Outgoing<'a>>, Halt> {
+        self.last_heard = now;
+        self.received = self.received.max(start);
+        let message = pgoutput::decode(bytes).map_err(|error| {
+            let (commit_lsn, seq) = self.open.as_ref().map_or((start, 0), |o| (o.commit_lsn, o.next_seq));
+            Halt::Undecodable { commit_lsn, seq, error }
+        })?;
+        match message {
+            Message::Begin { commit_lsn, committed_at_us, .. } => self.begin(commit_lsn, committed_at_us)?,
+            Message::Commit { commit_lsn, end_lsn, .. } => self.commit(commit_lsn, end_lsn)?,
+            Message::Relation(relation) => {
+                let shape = self.options.table.is(relation).then(|| self.options.table.shape(relation));
+                self.relations.insert(relation.oid, shape);
+            }
+            Message::Insert { relation_oid, row } => return self.insert(relation_oid, row),
+            // A non-transactional message can come at any time, so it is outside a transaction's count.
+            Message::Origin { .. }
+            | Message::Type { .. }
+            | Message::LogicalMessage { transactional: false, .. } => {}
+            Message::Update { .. }
+            | Message::Delete { .. }
+            | Message::Truncate { .. }
+            | Message::LogicalMessage { .. } => self.pass_over()?,
+        }
+        Ok(None)
+    }
+
+    fn begin(&mut self, commit_lsn: Lsn, committed_at_us: i64) -> Result<(), Halt> {
+        if self.open.is_some() {
+            return Err(Halt::OutOfProtocol("a transaction begins inside another"));
+        }
+        let committed_at_ms = committed_at_us.saturating_add(POSTGRES_EPOCH_US) / 1000;
+        self.open = Some(Open { commit_lsn, committed_at_ms, next_seq: 0 });
+        self.position.commit_lsn.clear();
+        // Writing to a String cannot fail.
+        let _ = write!(self.position.commit_lsn, "{commit_lsn}");
+        Ok(())
+    }
+
+    fn commit(&mut self, commit_lsn: Lsn, end_lsn: Lsn) -> Result<(), Halt> {
+        match self.open.take() {
+            Some(open) if open.commit_lsn == commit_lsn => {
+                self.received = self.received.max(end_lsn);
+                self.progress.commit(end_lsn);
+                Ok(())
+            }
+            Some(_) => Err(Halt::OutOfProtocol("a commit does not belong to the transaction before it")),
+            None => Err(Halt::OutOfProtocol("a commit without a begin")),
+        }
+    }
+
+    fn next_seq(&mut self) -> Result<(Lsn, u64, i64), Halt> {
+        let open = self.open.as_mut().ok_or(Halt::OutOfProtocol("a change outside a transaction"))?;
+        let seq = open.next_seq;
+        open.next_seq += 1;
+        Ok((open.commit_lsn, seq, open.committed_at_ms))
+    }
+
+    /// A change that is not an insert into the outbox: counted, and nothing else.
+    fn pass_over(&mut self) -> Result<(), Halt> {
+        self.next_seq()?;
+        self.ignored_changes += 1;
+        Ok(())
+    }
+
+    fn insert<'a>(&'a mut self, relation_oid: u32, row: Row<'a>) -> Result<Option<Outgoing<'a>>, Halt> {
+        if matches!(self.relations.get(&relation_oid), Some(None)) {
+            self.pass_over()?;
+            return Ok(None);
+        }
+        let (commit_lsn, seq, committed_at_ms) = self.next_seq()?;
+        let Some(Some(shape)) = self.relations.get(&relation_oid) else {
+            return Err(Halt::OutOfProtocol("a row of a relation that was not described"));
+        };
+        let poison = |poison| Halt::Poison { commit_lsn, seq, row_id: shape.id_of(row), poison };
+        let outbox_row = shape.read(row, &mut self.payload).map_err(poison)?;
+        if !self.options.topic.render(&outbox_row, &mut self.topic) {
+            return Err(poison(Poison::UnroutableTopic(self.topic.clone())));
+        }
+        read_own_headers(outbox_row.headers, &mut self.own_headers).map_err(poison)?;
+        self.position.seq.clear();
+        let _ = write!(self.position.seq, "{seq}");
+        let mut outgoing = Outgoing {
+            ticket: Ticket(0),
+            topic: &self.topic,
+            row: outbox_row,
+            committed_at_ms,
+            position: &self.position,
+            own_headers: &self.own_headers,
+        };
+        outgoing.ticket = self.progress.begin_record(cost_bytes(&outgoing));
+        Ok(Some(outgoing))
+    }
+
+    /// A keepalive: the server has sent everything up to `wal_end`.
+    pub fn handle_keepalive(&mut self, wal_end: Lsn, reply_requested: bool, now: Duration) {
+        self.last_heard = now;
+        self.received = self.received.max(wal_end);
+        self.reply_wanted |= reply_requested;
+        if self.open.is_none() {
+            self.progress.idle_until(wal_end);
+        }
+    }
+
+    /// Kafka has acknowledged a record.
+    pub fn handle_settled(&mut self, ticket: Ticket, now: Duration) -> Result<(), Halt> {
+        if !self.wants_input() {
+            // Nobody listened while input was paused, so that time was not the server's silence.
+            self.last_heard = now;
+        }
+        self.progress.settle(ticket).map_err(Halt::UnknownTicket)
+    }
+
+    /// Whether to read on. False at the bound of what may be in flight.
+    pub fn wants_input(&self) -> bool {
+        self.progress.in_flight_bytes() < self.options.in_flight_limit_bytes
+    }
+
+    /// Whether the server has been silent for too long.
+    pub fn is_silent(&self, now: Duration) -> bool {
+        self.wants_input() && now.saturating_sub(self.last_heard) >= self.options.silence_limit
+    }
+
+    /// When [`take_status`](Self::take_status) or [`is_silent`](Self::is_silent) next has to be asked.
+    pub fn next_deadline(&self) -> Duration {
+        let status = self.status_deadline();
+        if self.wants_input() { status.min(self.last_heard + self.options.silence_limit) } else { status }
+    }
+
+    fn status_deadline(&self) -> Duration {
+        if self.reply_wanted {
+            Duration::ZERO
+        } else if self.progress.confirmed() > self.reported {
+            self.last_status + PROGRESS_INTERVAL.min(self.options.status_interval)
+        } else {
+            self.last_status + self.options.status_interval
+        }
+    }
+
+    /// The status update to send now, if one is due.
+    pub fn take_status(&mut self, now: Duration) -> Option<StatusUpdate> {
+        (now >= self.status_deadline()).then(|| self.final_status(now))
+    }
+
+    /// The status update as it is, due or not: the last one before a clean stop.
+    pub fn final_status(&mut self, now: Duration) -> StatusUpdate {
+        let confirmed = self.progress.confirmed();
+        self.reply_wanted = false;
+        self.last_status = now;
+        self.reported = confirmed;
+        StatusUpdate { received: self.received.max(confirmed), confirmed }
+    }
+
+    /// What is in flight, and what may be confirmed.
+    pub fn progress(&self) -> &Progress {
+        &self.progress
+    }
+
+    /// What has been read.
+    pub fn received(&self) -> Lsn {
+        self.received
+    }
+
+    /// Changes so far that were not inserts into the outbox.
+    pub fn ignored_changes(&self) -> u64 {
+        self.ignored_changes
+    }
+}
+
+fn cost_bytes(record: &Outgoing<'_>) -> usize {
+    let headers: usize = record.headers().map(|(n, v)| n.len() + v.map_or(0, <[u8]>::len)).sum();
+    let row = &record.row;
+    OVERHEAD_BYTES
+        + headers
+        + record.topic.len()
+        + row.aggregate_id.len()
+        + row.payload.map_or(0, <[u8]>::len)
+}
+
+/// The row's own headers: a JSON object. Text goes as it is, null as a header without a value, anything else as
+/// its JSON text.
+fn read_own_headers(json: Option<&str>, out: &mut Vec<OwnHeader>) -> Result<(), Poison> {
+    out.clear();
+    let Some(json) = json else { return Ok(()) };
+    let bad = |_| Poison::BadColumn(Field::Headers, "is not a JSON object");
+    let object: BTreeMap<String, &RawValue> = serde_json::from_str(json).map_err(bad)?;
+    for (name, raw) in object {
+        if RESERVED_HEADERS.contains(&name.as_str()) {
+            continue;
+        }
+        let value = match raw.get() {
+            "null" => None,
+            text if text.starts_with('"') => Some(serde_json::from_str(text).map_err(bad)?),
+            other => Some(other.to_owned()),
+        };
+        out.push((name, value));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[path = "relay_tests.rs"]
+mod tests;

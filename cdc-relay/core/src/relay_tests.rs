@@ -1,0 +1,238 @@
+//! Tests of the state machine: bytes in, commands out.
+
+use std::collections::HashMap;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::pgoutput::tests::encode;
+
+const OUTBOX: u32 = 100;
+const OTHER: u32 = 200;
+const COLUMNS: [(&str, u32); 7] = [
+    ("id", 2950),
+    ("aggregatetype", 25),
+    ("aggregateid", 25),
+    ("type", 25),
+    ("payload", 3802),
+    ("headers", 3802),
+    ("traceparent", 25),
+];
+
+fn options() -> Options {
+    Options {
+        table: OutboxTable::default(),
+        topic: TopicTemplate::parse("${aggregatetype}-events").unwrap(),
+        in_flight_limit_bytes: 4096,
+        status_interval: Duration::from_secs(10),
+        silence_limit: Duration::from_mins(1),
+    }
+}
+
+/// A relay that knows both tables, and whose first status update has been sent.
+fn started(now: Duration) -> Relay {
+    let mut relay = Relay::new(options(), Lsn(1), now);
+    for (oid, name) in [(OUTBOX, "outbox"), (OTHER, "orders")] {
+        let bytes = encode::relation(oid, "public", name, &COLUMNS);
+        assert!(relay.handle_wal(Lsn::ZERO, &bytes, now).unwrap().is_none());
+    }
+    assert_eq!(relay.take_status(now), Some(StatusUpdate { received: Lsn(1), confirmed: Lsn(1) }));
+    relay
+}
+
+fn row(id: &str, headers: Option<&str>) -> Vec<u8> {
+    let values = [
+        Some(id),
+        Some("order"),
+        Some("o1"),
+        Some("OrderCreated"),
+        Some("{\"a\": 1}"),
+        headers,
+        Some("00-tp"),
+    ];
+    encode::insert(OUTBOX, &values.map(|v| v.map(str::as_bytes)))
+}
+
+fn feed(relay: &mut Relay, bytes: &[u8]) -> Option<Ticket> {
+    relay.handle_wal(Lsn::ZERO, bytes, Duration::ZERO).unwrap().map(|o| o.ticket)
+}
+
+/// 2026-01-01T00:00:00Z in Postgres' microseconds.
+const COMMITTED_AT_US: i64 = 820_540_800_000_000;
+
+#[test]
+fn a_row_becomes_the_record_of_the_contract() {
+    let mut relay = started(Duration::ZERO);
+    feed(&mut relay, &encode::begin(0x1_0000_0020, COMMITTED_AT_US));
+    feed(&mut relay, &encode::delete(OTHER));
+    let bytes = row("e1", Some(r#"{"tenant":"ä","n":1.50,"gone":null,"seq":"mine"}"#));
+    let out = relay.handle_wal(Lsn::ZERO, &bytes, Duration::ZERO).unwrap().unwrap();
+    assert_eq!(
+        (out.topic, out.row.aggregate_id, out.row.payload),
+        ("order-events", "o1", Some(&b"{\"a\": 1}"[..]))
+    );
+    assert_eq!(out.committed_at_ms, 1_767_225_600_000);
+    let headers: Vec<_> = out.headers().map(|(n, v)| (n, v.map(|v| str::from_utf8(v).unwrap()))).collect();
+    let expected = [
+        ("id", Some("e1")),
+        ("type", Some("OrderCreated")),
+        ("aggregatetype", Some("order")),
+        ("lsn", Some("1/20")),
+        ("seq", Some("1")),
+        ("traceparent", Some("00-tp")),
+        ("gone", None),
+        ("n", Some("1.50")),
+        ("tenant", Some("ä")),
+    ];
+    assert_eq!(headers, expected);
+    assert_eq!(relay.ignored_changes(), 1);
+}
+
+#[test]
+fn the_end_of_a_commit_is_confirmed_when_its_records_are_settled_and_not_before() {
+    let mut relay = started(Duration::ZERO);
+    feed(&mut relay, &encode::begin(50, 0));
+    let a = feed(&mut relay, &row("a", None)).unwrap();
+    let b = feed(&mut relay, &row("b", None)).unwrap();
+    relay.handle_settled(a, Duration::ZERO).unwrap();
+    relay.handle_settled(b, Duration::ZERO).unwrap();
+    // A keepalive in the middle of a transaction says nothing about the transaction.
+    relay.handle_keepalive(Lsn(1000), false, Duration::ZERO);
+    assert_eq!(relay.progress().confirmed(), Lsn(1));
+    feed(&mut relay, &encode::commit(50, 60, 0));
+    assert_eq!(relay.progress().confirmed(), Lsn(60));
+    relay.handle_keepalive(Lsn(1000), false, Duration::ZERO);
+    assert_eq!(relay.progress().confirmed(), Lsn(1000));
+}
+
+#[test]
+fn a_keepalive_is_not_confirmed_while_anything_is_in_flight() {
+    let mut relay = started(Duration::ZERO);
+    feed(&mut relay, &encode::begin(50, 0));
+    let a = feed(&mut relay, &row("a", None)).unwrap();
+    feed(&mut relay, &encode::commit(50, 60, 0));
+    relay.handle_keepalive(Lsn(1000), false, Duration::ZERO);
+    assert_eq!(relay.progress().confirmed(), Lsn(1));
+    relay.handle_settled(a, Duration::ZERO).unwrap();
+    assert_eq!(relay.progress().confirmed(), Lsn(60));
+    assert!(matches!(relay.handle_settled(a, Duration::ZERO), Err(Halt::UnknownTicket(_))));
+}
+
+#[test]
+fn input_pauses_at_the_bound_and_status_updates_go_on() {
+    let mut relay = started(Duration::ZERO);
+    feed(&mut relay, &encode::begin(50, 0));
+    let mut tickets = Vec::new();
+    while relay.wants_input() {
+        tickets.push(feed(&mut relay, &row("a", None)).unwrap());
+    }
+    let limit = relay.options.in_flight_limit_bytes;
+    assert!(relay.progress().in_flight_bytes() < limit + 1024);
+    let mut now = Duration::ZERO;
+    for _ in 0..100 {
+        let deadline = relay.next_deadline();
+        assert!(deadline > now && deadline <= now + relay.options.status_interval);
+        now = deadline;
+        assert!(relay.take_status(now).is_some());
+        assert!(!relay.is_silent(now), "the watchdog rests while nobody listens");
+    }
+    relay.handle_settled(tickets[0], now).unwrap();
+    assert!(relay.wants_input() && !relay.is_silent(now));
+    assert!(relay.is_silent(now + relay.options.silence_limit));
+}
+
+#[test]
+fn a_reply_that_is_asked_for_is_due_at_once_and_progress_soon() {
+    let now = Duration::from_secs(1);
+    let mut relay = started(now);
+    assert_eq!(relay.take_status(now), None);
+    relay.handle_keepalive(Lsn(5), true, now);
+    assert_eq!(relay.take_status(now), Some(StatusUpdate { received: Lsn(5), confirmed: Lsn(5) }));
+    relay.handle_keepalive(Lsn(9), false, now);
+    assert_eq!(relay.take_status(now), None);
+    assert_eq!(relay.next_deadline(), now + PROGRESS_INTERVAL);
+    assert!(relay.take_status(now + PROGRESS_INTERVAL).is_some());
+    assert_eq!(relay.next_deadline(), now + PROGRESS_INTERVAL + relay.options.status_interval);
+}
+
+#[test]
+fn poison_names_the_row() {
+    let mut relay = started(Duration::ZERO);
+    feed(&mut relay, &encode::begin(50, 0));
+    for bad in ["[]", "x", "{\"a\":1", "\"a\""] {
+        let bytes = row("e7", Some(bad));
+        let Err(Halt::Poison { commit_lsn: Lsn(50), row_id, poison, .. }) =
+            relay.handle_wal(Lsn::ZERO, &bytes, Duration::ZERO)
+        else {
+            panic!("{bad} was taken");
+        };
+        assert_eq!(
+            (row_id.as_deref(), poison),
+            (Some("e7"), Poison::BadColumn(Field::Headers, "is not a JSON object"))
+        );
+    }
+    assert_eq!(relay.progress().in_flight_records(), 0);
+}
+
+#[test]
+fn what_is_out_of_protocol_halts() {
+    let (begin, commit) = (encode::begin(50, 0), encode::commit(50, 60, 0));
+    let undescribed = encode::insert(7, &[]);
+    let other_commit = encode::commit(51, 60, 0);
+    let cases: [&[&[u8]]; 5] = [
+        &[&commit],
+        &[&begin, &begin],
+        &[&begin, &other_commit],
+        &[&row("a", None)],
+        &[&begin, &undescribed],
+    ];
+    for messages in cases {
+        let mut relay = started(Duration::ZERO);
+        let last = messages.iter().map(|m| relay.handle_wal(Lsn::ZERO, m, Duration::ZERO).err()).last();
+        assert!(matches!(last, Some(Some(Halt::OutOfProtocol(_)))), "{last:?}");
+    }
+}
+
+proptest! {
+    /// Any stream of bytes: an error at worst.
+    #[test]
+    fn handling_is_total(messages in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..60), 0..20)) {
+        let mut relay = started(Duration::ZERO);
+        for bytes in &messages {
+            let _ = relay.handle_wal(Lsn::ZERO, bytes, Duration::ZERO);
+        }
+    }
+
+    /// Transactions of any sizes, acknowledged in any order that keeps no order at all: after each step nothing
+    /// is confirmed that holds, or follows, a record without an acknowledgement; at the end all is.
+    #[test]
+    fn the_confirmed_lsn_never_passes_an_unsettled_record(
+        sizes in prop::collection::vec(0_u8..5, 1..30),
+        choices in prop::collection::vec(any::<prop::sample::Index>(), 150),
+    ) {
+        let mut relay = Relay::new(Options { in_flight_limit_bytes: usize::MAX, ..options() }, Lsn(0), Duration::ZERO);
+        feed(&mut relay, &encode::relation(OUTBOX, "public", "outbox", &COLUMNS));
+        let mut end_of: HashMap<Ticket, u64> = HashMap::new();
+        let mut last = 0;
+        for (i, size) in (1_u64..).zip(&sizes) {
+            last = i * 100;
+            feed(&mut relay, &encode::begin(last - 1, 0));
+            for _ in 0..*size {
+                end_of.insert(feed(&mut relay, &row("x", None)).unwrap(), last);
+            }
+            feed(&mut relay, &encode::commit(last - 1, last, 0));
+        }
+        let mut unsettled: Vec<_> = end_of.keys().copied().collect();
+        unsettled.sort();
+        for choice in choices {
+            let bound = unsettled.iter().map(|t| end_of[t]).min().unwrap_or(u64::MAX);
+            prop_assert!(relay.progress().confirmed().0 < bound);
+            if unsettled.is_empty() { break; }
+            let ticket = unsettled.remove(choice.index(unsettled.len()));
+            relay.handle_settled(ticket, Duration::ZERO).unwrap();
+        }
+        prop_assert!(unsettled.is_empty());
+        prop_assert_eq!(relay.progress().confirmed(), Lsn(last));
+        prop_assert!(relay.progress().is_idle());
+    }
+}
