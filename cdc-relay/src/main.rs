@@ -1,1 +1,18 @@
-fn main() {}
+//! `cdc-relay`: streams the inserts of an outbox table from a Postgres logical replication slot to Kafka.
+
+mod admin;
+mod cli;
+mod config;
+mod error;
+mod kafka;
+mod monitor;
+mod pipeline;
+mod replication;
+mod slot;
+mod wait;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    service::exit::report("cdc-relay", cli::main())
+}

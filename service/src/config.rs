@@ -49,7 +49,7 @@ impl Serialize for Secret {
 }
 
 /// The `[http]` section every service has.
-#[derive(Debug, Clone, Deserialize, Serialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct HttpConfig {
     /// `address:port` to listen on; port 0 takes a free one.

@@ -239,16 +239,18 @@ impl Relay {
         }
     }
 
-    fn next_seq(&mut self) -> Result<(Lsn, u64, i64), Halt> {
+    /// Counts a change of the open transaction, and leaves its ordinal as text.
+    fn count_change(&mut self) -> Result<(), Halt> {
         let open = self.open.as_mut().ok_or(Halt::OutOfProtocol("a change outside a transaction"))?;
-        let seq = open.next_seq;
+        self.position.seq.clear();
+        let _ = write!(self.position.seq, "{}", open.next_seq);
         open.next_seq += 1;
-        Ok((open.commit_lsn, seq, open.committed_at_ms))
+        Ok(())
     }
 
     /// A change that is not an insert into the outbox: counted, and nothing else.
     fn pass_over(&mut self) -> Result<(), Halt> {
-        self.next_seq()?;
+        self.count_change()?;
         self.ignored_changes += 1;
         Ok(())
     }
@@ -258,28 +260,48 @@ impl Relay {
             self.pass_over()?;
             return Ok(None);
         }
-        let (commit_lsn, seq, committed_at_ms) = self.next_seq()?;
+        self.count_change()?;
+        self.outgoing(relation_oid, row, None).map(Some)
+    }
+
+    /// The record that [`handle_wal`](Self::handle_wal) made of these bytes, once more: for a caller that could
+    /// not enqueue it then. Nothing may have been handled in between.
+    pub fn repeat<'a>(&'a mut self, ticket: Ticket, bytes: &'a [u8]) -> Result<Outgoing<'a>, Halt> {
+        match pgoutput::decode(bytes) {
+            Ok(Message::Insert { relation_oid, row }) => self.outgoing(relation_oid, row, Some(ticket)),
+            _ => Err(Halt::OutOfProtocol("what is to be repeated is not an insert")),
+        }
+    }
+
+    /// The record for a row, which is the last change that was counted. It takes its credit unless it already
+    /// has its ticket.
+    fn outgoing<'a>(
+        &'a mut self,
+        relation_oid: u32,
+        row: Row<'a>,
+        ticket: Option<Ticket>,
+    ) -> Result<Outgoing<'a>, Halt> {
         let Some(Some(shape)) = self.relations.get(&relation_oid) else {
             return Err(Halt::OutOfProtocol("a row of a relation that was not described"));
         };
+        let open = self.open.as_ref().ok_or(Halt::OutOfProtocol("a row outside a transaction"))?;
+        let (commit_lsn, seq) = (open.commit_lsn, open.next_seq.saturating_sub(1));
         let poison = |poison| Halt::Poison { commit_lsn, seq, row_id: shape.id_of(row), poison };
         let outbox_row = shape.read(row, &mut self.payload).map_err(poison)?;
         if !self.options.topic.render(&outbox_row, &mut self.topic) {
             return Err(poison(Poison::UnroutableTopic(self.topic.clone())));
         }
         read_own_headers(outbox_row.headers, &mut self.own_headers).map_err(poison)?;
-        self.position.seq.clear();
-        let _ = write!(self.position.seq, "{seq}");
         let mut outgoing = Outgoing {
             ticket: Ticket(0),
             topic: &self.topic,
             row: outbox_row,
-            committed_at_ms,
+            committed_at_ms: open.committed_at_ms,
             position: &self.position,
             own_headers: &self.own_headers,
         };
-        outgoing.ticket = self.progress.begin_record(cost_bytes(&outgoing));
-        Ok(Some(outgoing))
+        outgoing.ticket = ticket.unwrap_or_else(|| self.progress.begin_record(cost_bytes(&outgoing)));
+        Ok(outgoing)
     }
 
     /// A keepalive: the server has sent everything up to `wal_end`.
@@ -339,6 +361,11 @@ impl Relay {
         self.last_status = now;
         self.reported = confirmed;
         StatusUpdate { received: self.received.max(confirmed), confirmed }
+    }
+
+    /// Whether a transaction has been read in part.
+    pub fn is_in_transaction(&self) -> bool {
+        self.open.is_some()
     }
 
     /// What is in flight, and what may be confirmed.

@@ -89,6 +89,17 @@ fn a_row_becomes_the_record_of_the_contract() {
 }
 
 #[test]
+fn a_record_that_is_repeated_is_the_same_and_takes_no_more_credit() {
+    let mut relay = started(Duration::ZERO);
+    feed(&mut relay, &encode::begin(50, 0));
+    let bytes = row("e1", Some("{\"a\":\"b\"}"));
+    let first = format!("{:?}", relay.handle_wal(Lsn::ZERO, &bytes, Duration::ZERO).unwrap().unwrap());
+    let in_flight = relay.progress().in_flight_bytes();
+    assert_eq!(format!("{:?}", relay.repeat(Ticket(0), &bytes).unwrap()), first);
+    assert_eq!(relay.progress().in_flight_bytes(), in_flight);
+}
+
+#[test]
 fn the_end_of_a_commit_is_confirmed_when_its_records_are_settled_and_not_before() {
     let mut relay = started(Duration::ZERO);
     feed(&mut relay, &encode::begin(50, 0));

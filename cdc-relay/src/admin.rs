@@ -1,0 +1,95 @@
+//! What the relay tells about itself: metrics and health.
+
+use prometheus_client::{
+    encoding::EncodeLabelSet,
+    metrics::{counter::Counter, family::Family, gauge::Gauge},
+    registry::Registry,
+};
+
+use crate::error::Kind;
+
+/// The label of `cdc_relay_errors_total`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct ErrorLabel {
+    kind: &'static str,
+}
+
+/// The relay's metrics. Cloning shares them.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Metrics {
+    pub(crate) records: Counter,
+    pub(crate) acknowledged: Counter,
+    pub(crate) ignored_changes: Counter,
+    pub(crate) in_flight_records: Gauge,
+    pub(crate) in_flight_bytes: Gauge,
+    pub(crate) received_lsn: Gauge,
+    pub(crate) confirmed_lsn: Gauge,
+    pub(crate) sessions: Counter,
+    pub(crate) streaming: Gauge,
+    pub(crate) standby: Gauge,
+    pub(crate) kafka_up: Gauge,
+    pub(crate) postgres_up: Gauge,
+    pub(crate) slot_confirmed_lag_bytes: Gauge,
+    pub(crate) slot_restart_lag_bytes: Gauge,
+    pub(crate) slot_safe_wal_bytes: Gauge,
+    errors: Family<ErrorLabel, Counter>,
+}
+
+impl Metrics {
+    /// Registers every metric under its name.
+    pub(crate) fn register(&self, r: &mut Registry) {
+        r.register(
+            "records_enqueued",
+            "Records handed to the producer, repetitions after a rewind included",
+            self.records.clone(),
+        );
+        r.register("records_acknowledged", "Records that Kafka has acknowledged", self.acknowledged.clone());
+        r.register(
+            "ignored_changes",
+            "Changes in the stream that were not inserts into the outbox",
+            self.ignored_changes.clone(),
+        );
+        r.register(
+            "in_flight_records",
+            "Records in flight, or waiting behind one that is",
+            self.in_flight_records.clone(),
+        );
+        r.register("in_flight_bytes", "Bytes of the in-flight limit in use", self.in_flight_bytes.clone());
+        r.register(
+            "received_lsn",
+            "Position in the log up to which the stream was read, as a number",
+            self.received_lsn.clone(),
+        );
+        r.register(
+            "confirmed_lsn",
+            "Position in the log up to which everything is in Kafka, as a number",
+            self.confirmed_lsn.clone(),
+        );
+        r.register("sessions", "Replication sessions started", self.sessions.clone());
+        r.register("streaming", "1 while this relay holds the slot and streams", self.streaming.clone());
+        r.register("standby", "1 while another process holds the slot", self.standby.clone());
+        r.register("kafka_up", "0 while no broker can be reached", self.kafka_up.clone());
+        r.register("postgres_up", "0 while the monitor cannot ask Postgres", self.postgres_up.clone());
+        r.register(
+            "slot_confirmed_lag_bytes",
+            "Log written since the slot's confirmed flush LSN",
+            self.slot_confirmed_lag_bytes.clone(),
+        );
+        r.register(
+            "slot_restart_lag_bytes",
+            "Log the server keeps for the slot, which a long transaction makes longer than the confirmed lag",
+            self.slot_restart_lag_bytes.clone(),
+        );
+        r.register(
+            "slot_safe_wal_bytes",
+            "Log that can still be written before the slot is lost; -1 where the server sets no limit",
+            self.slot_safe_wal_bytes.clone(),
+        );
+        r.register("errors", "Errors by kind; all but the last end in another try", self.errors.clone());
+    }
+
+    /// Counts an error.
+    pub(crate) fn error(&self, kind: Kind) {
+        self.errors.get_or_create(&ErrorLabel { kind: kind.label() }).inc();
+    }
+}

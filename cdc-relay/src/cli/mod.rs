@@ -1,0 +1,114 @@
+//! The command line.
+
+mod init;
+mod run;
+
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand};
+use service::Failure;
+
+use crate::config::{Config, ENV_PREFIX, EXAMPLE, Settings};
+
+/// Streams the inserts of an outbox table from a Postgres logical replication slot to Kafka.
+///
+/// Exit codes: 0 clean stop, 64 bad configuration, 65 halted on poison or a lost position, 69 a service refused
+/// us for good, 70 internal, 75 gave up after the configured time.
+#[derive(Debug, Parser)]
+#[command(name = "cdc-relay", version)]
+struct Cli {
+    #[command(flatten)]
+    options: Options,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+/// The configuration's file and its common keys. Every key can also be set by an environment variable,
+/// `CDC_RELAY_SECTION__KEY`.
+#[derive(Debug, clap::Args)]
+struct Options {
+    /// The configuration file (TOML).
+    #[arg(long, global = true, env = "CDC_RELAY_CONFIG")]
+    config: Option<PathBuf>,
+    /// Check the configuration and exit: 0 if it is good, 64 if not.
+    #[arg(long, global = true)]
+    check_config: bool,
+    /// postgres.url; a password is better kept out of it.
+    #[arg(long, global = true)]
+    postgres_url: Option<String>,
+    /// postgres.slot
+    #[arg(long, global = true)]
+    slot: Option<String>,
+    /// postgres.publication
+    #[arg(long, global = true)]
+    publication: Option<String>,
+    /// outbox.table
+    #[arg(long, global = true)]
+    table: Option<String>,
+    /// route.topic
+    #[arg(long, global = true)]
+    topic: Option<String>,
+    /// kafka.brokers
+    #[arg(long, global = true)]
+    brokers: Option<String>,
+    /// http.listen
+    #[arg(long, global = true)]
+    listen: Option<String>,
+    /// log.level
+    #[arg(long, global = true)]
+    log_level: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Stream until asked to stop (SIGTERM, SIGINT). This is the default.
+    Run,
+    /// Create the publication and the slot where they are missing.
+    Init,
+    /// Things about the configuration.
+    Config {
+        #[command(subcommand)]
+        command: ConfigCommand,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum ConfigCommand {
+    /// Print every key with its default.
+    Example,
+}
+
+impl Options {
+    fn load(self) -> Result<Settings, Failure> {
+        let flags = [
+            ("postgres.url", self.postgres_url),
+            ("postgres.slot", self.slot),
+            ("postgres.publication", self.publication),
+            ("outbox.table", self.table),
+            ("route.topic", self.topic),
+            ("kafka.brokers", self.brokers),
+            ("http.listen", self.listen),
+            ("log.level", self.log_level),
+        ];
+        let flags: Vec<_> = flags.into_iter().filter_map(|(key, value)| Some((key, value?))).collect();
+        service::config::load::<Config>(ENV_PREFIX, self.config.as_deref(), &flags)?.check()
+    }
+}
+
+pub(crate) fn main() -> Result<(), Failure> {
+    let cli = Cli::parse();
+    if let Some(Command::Config { command: ConfigCommand::Example }) = cli.command {
+        print!("{EXAMPLE}");
+        return Ok(());
+    }
+    let check_only = cli.options.check_config;
+    let settings = cli.options.load()?;
+    if check_only {
+        println!("the configuration is good");
+        return Ok(());
+    }
+    match cli.command {
+        Some(Command::Init) => init::init(&settings),
+        _ => run::run(settings),
+    }
+}

@@ -1,0 +1,86 @@
+//! `cdc-relay run`: the threads, and their order of starting and stopping.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+    mpsc,
+};
+
+use service::{Failure, Health, exit::Kind, health, metrics, shutdown::Shutdown};
+
+use crate::{
+    admin::Metrics,
+    config::Settings,
+    error::Error,
+    monitor,
+    pipeline::{self, Shared},
+    slot, wait,
+};
+
+/// Streams until a stop is asked for or an error ends the process.
+pub(super) fn run(settings: Settings) -> Result<(), Failure> {
+    service::logs::init(&settings.log)?;
+    if settings.create_slot {
+        slot::init(&settings).map_err(Error::into_failure)?;
+    }
+    let internal =
+        |what: &str, e: std::io::Error| Failure::new(Kind::Internal, format!("cannot {what}: {e}"));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(|e| internal("start the runtime", e))?;
+    let (waker, wakeups) = wait::pair().map_err(|e| internal("make a pipe", e))?;
+    let shared = Shared {
+        settings: Arc::new(settings),
+        metrics: Metrics::default(),
+        health: Health::default(),
+        waker,
+        stop: Arc::new(AtomicBool::new(false)),
+    };
+    runtime.block_on(async {
+        let listener = health::bind(&shared.settings.listen).await?;
+        let mut registry = metrics::registry("cdc_relay");
+        shared.metrics.register(&mut registry);
+        let router = health::router(shared.health.clone(), Arc::new(registry));
+        let (trigger, shutdown) = Shutdown::on_signals()?;
+        let (http_trigger, http_shutdown) = Shutdown::manual();
+        let http = tokio::spawn(health::serve(listener, router, http_shutdown));
+
+        let (stop_monitor, monitor_stopped) = mpsc::channel::<()>();
+        let (settings, watched) = (Arc::clone(&shared.settings), shared.metrics.clone());
+        let monitor = spawn("monitor", move || monitor::run(&settings, &watched, &monitor_stopped))?;
+        let piped = shared.clone();
+        let pipeline = spawn("pipeline", move || {
+            let result = pipeline::run(&piped, &wakeups);
+            // Whatever ended it, the process ends with it.
+            trigger.request();
+            result
+        })?;
+
+        shutdown.requested().await;
+        shared.stop.store(true, Ordering::Relaxed);
+        shared.waker.wake();
+        let result = join(pipeline).await;
+        drop(stop_monitor);
+        let watched = join(monitor).await;
+        http_trigger.request();
+        let served =
+            http.await.unwrap_or_else(|e| Err(Failure::new(Kind::Internal, format!("the HTTP server: {e}"))));
+        result?.and(watched).and(served)
+    })
+}
+
+fn spawn<T: Send + 'static>(
+    name: &str,
+    body: impl FnOnce() -> T + Send + 'static,
+) -> Result<std::thread::JoinHandle<T>, Failure> {
+    std::thread::Builder::new()
+        .name(name.into())
+        .spawn(body)
+        .map_err(|e| Failure::new(Kind::Internal, format!("cannot start the thread {name}: {e}")))
+}
+
+/// Waits for a thread without keeping the runtime from serving.
+async fn join<T: Send + 'static>(thread: std::thread::JoinHandle<T>) -> Result<T, Failure> {
+    let panicked = || Failure::new(Kind::Internal, "a thread of the relay panicked; its message is above");
+    let joined = tokio::task::spawn_blocking(move || thread.join()).await.map_err(|_| panicked())?;
+    joined.map_err(|_| panicked())
+}

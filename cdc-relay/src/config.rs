@@ -1,0 +1,313 @@
+//! The relay's configuration: parsed, checked and turned into what the parts need before anything starts.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use relay_core::{
+    outbox::{FIELDS, OutboxTable},
+    route::TopicTemplate,
+};
+use serde::Deserialize;
+use service::{Failure, Secret, config::HttpConfig, logs::LogConfig};
+
+use crate::replication::conninfo::ConnInfo;
+
+/// `config example` prints this; a test holds it equal to the defaults.
+pub(crate) const EXAMPLE: &str = include_str!("../config.example.toml");
+pub(crate) const ENV_PREFIX: &str = "CDC_RELAY";
+
+/// The file as it is written.
+#[derive(Debug, Clone, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Config {
+    pub(crate) postgres: PostgresConfig,
+    pub(crate) outbox: OutboxConfig,
+    pub(crate) route: RouteConfig,
+    pub(crate) kafka: KafkaConfig,
+    pub(crate) limits: LimitsConfig,
+    pub(crate) http: HttpConfig,
+    pub(crate) log: LogConfig,
+}
+
+#[derive(Debug, Clone, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct PostgresConfig {
+    pub(crate) url: Secret,
+    pub(crate) password: Secret,
+    pub(crate) slot: String,
+    pub(crate) publication: String,
+    pub(crate) create_slot: bool,
+    pub(crate) connect_timeout_seconds: u64,
+    pub(crate) silence_timeout_seconds: u64,
+    pub(crate) give_up_seconds: u64,
+}
+
+#[derive(Debug, Clone, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct OutboxConfig {
+    pub(crate) table: String,
+    pub(crate) id: String,
+    pub(crate) aggregate_type: String,
+    pub(crate) aggregate_id: String,
+    pub(crate) event_type: String,
+    pub(crate) payload: String,
+    pub(crate) headers: String,
+    pub(crate) traceparent: String,
+    pub(crate) partition: String,
+    pub(crate) topic: String,
+}
+
+#[derive(Debug, Clone, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct RouteConfig {
+    pub(crate) topic: String,
+}
+
+#[derive(Debug, Clone, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct KafkaConfig {
+    pub(crate) brokers: String,
+    pub(crate) properties: BTreeMap<String, String>,
+}
+
+#[derive(Debug, Clone, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct LimitsConfig {
+    pub(crate) in_flight_bytes: usize,
+    pub(crate) drain_seconds: u64,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            postgres: PostgresConfig::default(),
+            outbox: OutboxConfig::default(),
+            route: RouteConfig::default(),
+            kafka: KafkaConfig::default(),
+            limits: LimitsConfig::default(),
+            http: HttpConfig { listen: "127.0.0.1:8081".into() },
+            log: LogConfig::default(),
+        }
+    }
+}
+
+impl Default for PostgresConfig {
+    fn default() -> Self {
+        Self {
+            url: Secret::new("postgres://cdc_relay@127.0.0.1:5432/orders"),
+            password: Secret::default(),
+            slot: "cdc_relay".into(),
+            publication: "cdc_relay".into(),
+            create_slot: false,
+            connect_timeout_seconds: 10,
+            silence_timeout_seconds: 60,
+            give_up_seconds: 0,
+        }
+    }
+}
+
+impl Default for OutboxConfig {
+    fn default() -> Self {
+        let table = OutboxTable::default();
+        let [id, aggregate_type, aggregate_id, event_type, payload, headers, traceparent, partition, topic] =
+            table.columns;
+        let table = format!("{}.{}", table.schema, table.name);
+        Self {
+            table,
+            id,
+            aggregate_type,
+            aggregate_id,
+            event_type,
+            payload,
+            headers,
+            traceparent,
+            partition,
+            topic,
+        }
+    }
+}
+
+impl Default for RouteConfig {
+    fn default() -> Self {
+        Self { topic: "outbox.event.${aggregatetype}".into() }
+    }
+}
+
+impl Default for KafkaConfig {
+    fn default() -> Self {
+        Self { brokers: "127.0.0.1:9092".into(), properties: BTreeMap::new() }
+    }
+}
+
+impl Default for LimitsConfig {
+    fn default() -> Self {
+        Self { in_flight_bytes: 16 * 1024 * 1024, drain_seconds: 10 }
+    }
+}
+
+/// The configuration as the parts use it: checked.
+#[derive(Debug, Clone)]
+pub(crate) struct Settings {
+    pub(crate) postgres: ConnInfo,
+    pub(crate) slot: String,
+    pub(crate) publication: String,
+    pub(crate) create_slot: bool,
+    pub(crate) connect_timeout: Duration,
+    pub(crate) silence_limit: Duration,
+    /// None: try for ever, visibly.
+    pub(crate) give_up_after: Option<Duration>,
+    pub(crate) table: OutboxTable,
+    pub(crate) topic: TopicTemplate,
+    pub(crate) kafka: KafkaConfig,
+    pub(crate) in_flight_limit_bytes: usize,
+    pub(crate) drain_grace: Duration,
+    pub(crate) listen: String,
+    pub(crate) log: LogConfig,
+}
+
+impl Config {
+    /// Checks everything that can be checked without a server.
+    pub(crate) fn check(self) -> Result<Settings, Failure> {
+        let bad = |key: &str, why: String| Failure::configuration(format!("bad configuration: {key} {why}"));
+        let PostgresConfig { url, password, slot, publication, .. } = self.postgres;
+        let postgres = ConnInfo::parse(url.expose(), &password).map_err(|e| bad("postgres.url", e))?;
+        check_slot_name(&slot).map_err(|e| bad("postgres.slot", e))?;
+        if !(1..=NAME_MAX_BYTES).contains(&publication.len()) || publication.contains('\0') {
+            return Err(bad("postgres.publication", format!("must have 1 to {NAME_MAX_BYTES} bytes")));
+        }
+        let topic = TopicTemplate::parse(&self.route.topic).map_err(|e| bad("route.topic", e.to_string()))?;
+        let seconds = |key: &str, value: u64, least: u64| {
+            let range = least..=86_400;
+            range
+                .contains(&value)
+                .then(|| Duration::from_secs(value))
+                .ok_or_else(|| bad(key, format!("must be {least} to 86400")))
+        };
+        let give_up = seconds("postgres.give_up_seconds", self.postgres.give_up_seconds, 0)?;
+        if !(64 * 1024..=1 << 30).contains(&self.limits.in_flight_bytes) {
+            return Err(bad("limits.in_flight_bytes", "must be 65536 (64 KiB) to 1073741824 (1 GiB)".into()));
+        }
+        check_properties(&self.kafka.properties)?;
+        Ok(Settings {
+            postgres,
+            slot,
+            publication,
+            create_slot: self.postgres.create_slot,
+            connect_timeout: seconds(
+                "postgres.connect_timeout_seconds",
+                self.postgres.connect_timeout_seconds,
+                1,
+            )?,
+            silence_limit: seconds(
+                "postgres.silence_timeout_seconds",
+                self.postgres.silence_timeout_seconds,
+                1,
+            )?,
+            give_up_after: (!give_up.is_zero()).then_some(give_up),
+            table: self.outbox.check().map_err(|(key, why)| bad(key, why))?,
+            topic,
+            kafka: self.kafka,
+            in_flight_limit_bytes: self.limits.in_flight_bytes,
+            drain_grace: seconds("limits.drain_seconds", self.limits.drain_seconds, 0)?,
+            listen: self.http.listen,
+            log: self.log,
+        })
+    }
+}
+
+/// Postgres' limit on a name, in bytes (`NAMEDATALEN` - 1).
+const NAME_MAX_BYTES: usize = 63;
+
+fn check_slot_name(name: &str) -> Result<(), String> {
+    let legal = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_';
+    if (1..=NAME_MAX_BYTES).contains(&name.len()) && name.bytes().all(legal) {
+        return Ok(());
+    }
+    Err(format!("{name:?} must be 1 to {NAME_MAX_BYTES} of [a-z0-9_], as Postgres demands of a slot's name"))
+}
+
+impl OutboxConfig {
+    fn check(self) -> Result<OutboxTable, (&'static str, String)> {
+        let (schema, name) = self.table.split_once('.').unwrap_or(("public", &self.table));
+        if schema.is_empty() || name.is_empty() || name.contains('.') {
+            return Err(("outbox.table", format!("{:?} must be TABLE or SCHEMA.TABLE", self.table)));
+        }
+        let columns: [String; FIELDS] = [
+            self.id,
+            self.aggregate_type,
+            self.aggregate_id,
+            self.event_type,
+            self.payload,
+            self.headers,
+            self.traceparent,
+            self.partition,
+            self.topic,
+        ];
+        for (i, column) in columns.iter().enumerate() {
+            if columns[..i].contains(column) {
+                return Err(("outbox", format!("names the column {column:?} twice")));
+            }
+        }
+        Ok(OutboxTable { schema: schema.into(), name: name.into(), columns })
+    }
+}
+
+/// Settings of librdkafka that would break a promise, and which.
+const REFUSED_PROPERTIES: [(&str, &str); 18] = [
+    ("bootstrap.servers", "set kafka.brokers"),
+    ("metadata.broker.list", "set kafka.brokers"),
+    ("acks", "the relay confirms only what all in-sync replicas have"),
+    ("request.required.acks", "the relay confirms only what all in-sync replicas have"),
+    ("enable.idempotence", "retries would duplicate and reorder records"),
+    ("enable.gapless.guarantee", "records behind a failed one would be published before it"),
+    ("message.timeout.ms", "records do not expire; an expired one would be a gap"),
+    ("delivery.timeout.ms", "records do not expire; an expired one would be a gap"),
+    ("message.send.max.retries", "a record that is given up would be a gap"),
+    ("retries", "a record that is given up would be a gap"),
+    ("max.in.flight", "the idempotent producer keeps order with its own bound"),
+    ("max.in.flight.requests.per.connection", "the idempotent producer keeps order with its own bound"),
+    ("queue.buffering.max.messages", "set limits.in_flight_bytes"),
+    ("queue.buffering.max.kbytes", "set limits.in_flight_bytes"),
+    ("delivery.report.only.error", "without reports nothing could be confirmed"),
+    ("transactional.id", "the delivery mode decides it"),
+    ("queuing.strategy", "records are sent in commit order"),
+    ("allow.auto.create.topics", "topics are created on purpose, with their partitions and replication"),
+];
+
+fn check_properties(properties: &BTreeMap<String, String>) -> Result<(), Failure> {
+    for (name, why) in REFUSED_PROPERTIES {
+        if properties.contains_key(name) {
+            return Err(Failure::configuration(format!(
+                "bad configuration: kafka.properties must not set {name}: {why}"
+            )));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_example_is_the_defaults() {
+        let example: Config = toml::from_str(EXAMPLE).unwrap();
+        assert_eq!(example, Config::default());
+        Config::default().check().unwrap();
+    }
+
+    #[test]
+    fn what_cannot_work_names_its_key() {
+        let check = |change: fn(&mut Config)| {
+            let mut config = Config::default();
+            change(&mut config);
+            config.check().map(drop).unwrap_err().message
+        };
+        assert!(check(|c| c.postgres.slot = "Bad-Slot".into()).contains("postgres.slot"));
+        assert!(check(|c| c.postgres.url = Secret::new("nonsense")).contains("postgres.url"));
+        assert!(check(|c| c.route.topic = "${oops}".into()).contains("route.topic"));
+        assert!(check(|c| c.outbox.table = "a.b.c".into()).contains("outbox.table"));
+        assert!(check(|c| c.outbox.topic = "id".into()).contains("twice"));
+        assert!(check(|c| c.limits.in_flight_bytes = 1).contains("limits.in_flight_bytes"));
+        assert!(check(|c| drop(c.kafka.properties.insert("acks".into(), "1".into()))).contains("acks"));
+    }
+}

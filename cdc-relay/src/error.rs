@@ -1,0 +1,197 @@
+//! The relay's errors: their kinds, and the one policy that says what follows from each.
+
+use std::fmt;
+
+use service::{Failure, exit};
+
+/// What went wrong, as far as it decides what to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Postgres cannot be reached, is starting, stopping or overloaded, or cut the connection.
+    PostgresAway,
+    /// Another process streams from the slot (SQLSTATE 55006).
+    SlotInUse,
+    /// Kafka gave up on a record, or the producer is broken: rewind with a new one.
+    DeliveryFailed,
+    /// Postgres or Kafka refused us in a way that time does not heal.
+    Refused,
+    /// The configuration cannot work.
+    Misconfigured,
+    /// Poison, or a position that is lost: a person has to decide.
+    Halted,
+    /// What must not happen, happened.
+    Internal,
+}
+
+/// What follows from an error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Policy {
+    /// Try again from the confirmed LSN, waiting longer each time.
+    Retry,
+    /// Try again at a steady pace: somebody else does the work.
+    StandBy,
+    /// Stop the process.
+    Stop(exit::Kind),
+}
+
+impl Kind {
+    /// The one place that decides.
+    pub(crate) fn policy(self) -> Policy {
+        match self {
+            Self::PostgresAway | Self::DeliveryFailed => Policy::Retry,
+            Self::SlotInUse => Policy::StandBy,
+            Self::Refused => Policy::Stop(exit::Kind::Refused),
+            Self::Misconfigured => Policy::Stop(exit::Kind::BadConfiguration),
+            Self::Halted => Policy::Stop(exit::Kind::Halted),
+            Self::Internal => Policy::Stop(exit::Kind::Internal),
+        }
+    }
+
+    /// The value of the `kind` label of `cdc_relay_errors_total`.
+    pub(crate) fn label(self) -> &'static str {
+        match self {
+            Self::PostgresAway => "postgres_away",
+            Self::SlotInUse => "slot_in_use",
+            Self::DeliveryFailed => "delivery_failed",
+            Self::Refused => "refused",
+            Self::Misconfigured => "misconfigured",
+            Self::Halted => "halted",
+            Self::Internal => "internal",
+        }
+    }
+}
+
+/// An error with what an operator needs to know. Never holds a secret.
+#[derive(Debug, Clone)]
+pub(crate) struct Error {
+    pub(crate) kind: Kind,
+    pub(crate) message: String,
+    /// The exact next step, where there is one.
+    pub(crate) hint: Option<String>,
+}
+
+impl Error {
+    pub(crate) fn new(kind: Kind, message: impl Into<String>) -> Self {
+        Self { kind, message: message.into(), hint: None }
+    }
+
+    pub(crate) fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+
+    /// The connection to Postgres failed.
+    pub(crate) fn postgres_io(what: &str, error: &std::io::Error) -> Self {
+        Self::new(Kind::PostgresAway, format!("{what}: {error}"))
+    }
+
+    /// Postgres answered with an error
+    /// (<https://www.postgresql.org/docs/current/errcodes-appendix.html>).
+    pub(crate) fn postgres(sqlstate: &str, message: &str) -> Self {
+        let (kind, hint) = classify(sqlstate, message);
+        let error = Self::new(kind, format!("Postgres: {message} (SQLSTATE {sqlstate})"));
+        match hint {
+            Some(hint) => error.hint(hint),
+            None => error,
+        }
+    }
+
+    /// This error as the end of the process.
+    pub(crate) fn into_failure(self) -> Failure {
+        let kind = match self.kind.policy() {
+            Policy::Stop(kind) => kind,
+            Policy::Retry | Policy::StandBy => exit::Kind::GaveUp,
+        };
+        Failure { kind, message: self.message, hint: self.hint }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Error {}
+
+impl From<relay_core::relay::Halt> for Error {
+    fn from(halt: relay_core::relay::Halt) -> Self {
+        use relay_core::relay::Halt;
+        let error = Self::new(Kind::Halted, halt.to_string());
+        match halt {
+            Halt::Poison { .. } => error.hint(
+                "nothing behind this row has been confirmed. Mend the cause (the table's columns or [outbox] and [route] in \
+                 the configuration) and start again; the row is read again",
+            ),
+            Halt::Undecodable { .. } | Halt::OutOfProtocol(_) => {
+                error.hint("this is a bug, or the server is not PostgreSQL 15 to 18: please report it with this message")
+            }
+            Halt::UnknownTicket(_) => Self { kind: Kind::Internal, ..error },
+        }
+    }
+}
+
+fn classify(sqlstate: &str, message: &str) -> (Kind, Option<&'static str>) {
+    match sqlstate {
+        "55006" => (Kind::SlotInUse, None),
+        "28P01" => (
+            Kind::Refused,
+            Some("check the password: postgres.password, or CDC_RELAY_POSTGRES__PASSWORD(_FILE)"),
+        ),
+        "28000" => (
+            Kind::Refused,
+            Some(
+                "check the role and pg_hba.conf: a replication connection to a database is matched by the database's name there",
+            ),
+        ),
+        "3D000" => (Kind::Refused, Some("check the database in postgres.url")),
+        "42501" => (
+            Kind::Refused,
+            Some("the role needs REPLICATION: ALTER ROLE … REPLICATION; and SELECT on the outbox table"),
+        ),
+        // The slot or the publication does not exist.
+        "42704" if message.contains("replication slot") || message.contains("publication") => (
+            Kind::Halted,
+            Some(
+                "`cdc-relay init` creates publication and slot. Had they existed before, what was written since they were dropped is not in the new slot",
+            ),
+        ),
+        // wal_level is too low, or the slot was invalidated.
+        "55000" => (
+            Kind::Halted,
+            Some(
+                "look at wal_status and invalidation_reason in pg_replication_slots, and at wal_level; a slot whose WAL is gone has to be dropped and made again by `cdc-relay init`, and what it had not delivered is lost to it",
+            ),
+        ),
+        _ => match sqlstate.get(..2).unwrap_or_default() {
+            // Connection, resources, operator intervention, system error, internal error.
+            "08" | "53" | "57" | "58" | "XX" => (Kind::PostgresAway, None),
+            _ => (Kind::Refused, None),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_time_heals_is_tried_again_and_nothing_else() {
+        let policy = |state, message| Error::postgres(state, message).kind.policy();
+        for away in ["57P01", "57P02", "57P03", "08006", "53300", "XX000"] {
+            assert_eq!(policy(away, ""), Policy::Retry, "{away}");
+        }
+        assert_eq!(policy("55006", ""), Policy::StandBy);
+        for refused in ["28P01", "28000", "3D000", "42501", "0A000", "", "ä"] {
+            assert_eq!(policy(refused, ""), Policy::Stop(exit::Kind::Refused), "{refused}");
+        }
+        assert_eq!(
+            policy("42704", "replication slot \"x\" does not exist"),
+            Policy::Stop(exit::Kind::Halted)
+        );
+        assert_eq!(
+            policy("55000", "can no longer access replication slot"),
+            Policy::Stop(exit::Kind::Halted)
+        );
+    }
+}

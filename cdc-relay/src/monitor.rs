@@ -1,0 +1,55 @@
+//! A look at the slot from the outside, every few seconds, over a connection of its own.
+
+use std::{
+    sync::mpsc::{Receiver, RecvTimeoutError},
+    time::Duration,
+};
+
+use crate::{
+    admin::Metrics,
+    config::Settings,
+    error::Error,
+    replication::{connection::Connection, handshake::Purpose},
+};
+
+const INTERVAL: Duration = Duration::from_secs(2);
+
+/// Watches until the sending side of `stop` is dropped.
+pub(crate) fn run(settings: &Settings, metrics: &Metrics, stop: &Receiver<()>) {
+    let mut connection = None;
+    while stop.recv_timeout(INTERVAL) == Err(RecvTimeoutError::Timeout) {
+        match look(settings, metrics, &mut connection) {
+            Ok(()) => drop(metrics.postgres_up.set(1)),
+            Err(e) => {
+                connection = None;
+                if metrics.postgres_up.set(0) != 0 {
+                    tracing::warn!("the slot cannot be watched: {e}");
+                }
+            }
+        }
+    }
+}
+
+fn look(settings: &Settings, metrics: &Metrics, connection: &mut Option<Connection>) -> Result<(), Error> {
+    let open = match connection.as_mut() {
+        Some(open) => open,
+        None => connection.insert(Connection::connect(
+            &settings.postgres,
+            Purpose::Sql,
+            settings.connect_timeout,
+        )?),
+    };
+    let sql = "SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), confirmed_flush_lsn)::int8, \
+               pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)::int8, coalesce(safe_wal_size, -1) \
+               FROM pg_replication_slots WHERE slot_name = $1";
+    let rows = open.query(sql, &[&settings.slot])?;
+    let Some(row) = rows.first() else { return Ok(()) };
+    let gauges =
+        [&metrics.slot_confirmed_lag_bytes, &metrics.slot_restart_lag_bytes, &metrics.slot_safe_wal_bytes];
+    for (gauge, value) in gauges.into_iter().zip(row) {
+        if let Some(value) = value.as_deref().and_then(|v| v.parse().ok()) {
+            gauge.set(value);
+        }
+    }
+    Ok(())
+}

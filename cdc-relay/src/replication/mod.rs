@@ -1,0 +1,9 @@
+//! Our own replication session on `postgres-protocol`: connect, authenticate, frames, feedback, reader pacing
+//! (<https://www.postgresql.org/docs/current/protocol-replication.html>).
+
+pub(crate) mod connection;
+pub(crate) mod conninfo;
+pub(crate) mod handshake;
+pub(crate) mod stream;
+mod transport;
+mod wire;

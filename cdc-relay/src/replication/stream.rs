@@ -1,0 +1,237 @@
+//! The replication stream: `START_REPLICATION`, its frames, and feedback.
+
+use std::{
+    io,
+    os::fd::BorrowedFd,
+    time::{Duration, Instant, SystemTime},
+};
+
+use relay_core::{Lsn, StatusUpdate};
+
+use super::{
+    connection::{Connection, server_error},
+    conninfo::ConnInfo,
+    handshake::Purpose,
+    wire::{Fill, Wire},
+};
+use crate::error::{Error, Kind};
+
+/// From the Unix epoch to Postgres' (2000-01-01).
+const POSTGRES_EPOCH: Duration = Duration::from_secs(946_684_800);
+/// How long the server may take to answer our goodbye.
+const GOODBYE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// What the server sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Event<'a> {
+    /// A message of the output plug-in, at `start` in the log.
+    Wal { start: Lsn, message: &'a [u8] },
+    /// The server has sent everything up to `wal_end`.
+    Keepalive { wal_end: Lsn, reply_requested: bool },
+}
+
+/// A slot that we hold and read from.
+#[derive(Debug)]
+pub(crate) struct ReplicationStream {
+    wire: Wire,
+}
+
+impl ReplicationStream {
+    /// Takes the slot and starts the stream where the server says that the slot is confirmed.
+    ///
+    /// # Errors
+    /// [`Kind::SlotInUse`] while another process holds the slot; what the server says otherwise.
+    pub(crate) fn start(
+        info: &ConnInfo,
+        slot: &str,
+        publication: &str,
+        timeout: Duration,
+    ) -> Result<Self, Error> {
+        let mut connection = Connection::connect(info, Purpose::Replication, timeout)?;
+        let options =
+            format!("proto_version '1', publication_names {}", quote_literal(&quote_identifier(publication)));
+        let sql = format!("START_REPLICATION SLOT {} LOGICAL 0/0 ({options})", quote_identifier(slot));
+        connection.send_query(&sql)?;
+        let mut wire = connection.into_wire();
+        let io = |e: io::Error| Error::postgres_io("cannot start the replication stream", &e);
+        loop {
+            match wire.next_frame().map_err(io)? {
+                // CopyBothResponse
+                Some((b'W', _)) => break,
+                Some((b'E', body)) => return Err(server_error(body)),
+                Some(_) => {}
+                None => {
+                    if wire.fill().map_err(io)? == Fill::Empty {
+                        return Err(io(io::ErrorKind::TimedOut.into()));
+                    }
+                }
+            }
+        }
+        wire.set_nonblocking().map_err(io)?;
+        Ok(Self { wire })
+    }
+
+    /// The next event that was read, or None when more has to be [read](Self::fill).
+    pub(crate) fn next_event(&mut self) -> Result<Option<Event<'_>>, Error> {
+        loop {
+            // Looked at twice because the borrow checker cannot see that only one branch keeps the borrow.
+            match self.wire.peek_tag().map_err(|e| stream_failed(&e))? {
+                None => return Ok(None),
+                Some(b'd') => break,
+                Some(tag) => {
+                    if let Some((_, body)) = self.wire.next_frame().map_err(|e| stream_failed(&e))? {
+                        other_frame(tag, body)?;
+                    }
+                }
+            }
+        }
+        match self.wire.next_frame().map_err(|e| stream_failed(&e))? {
+            Some((_, body)) => copy_data(body).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// Reads once, without waiting. Whether there was anything.
+    pub(crate) fn fill(&mut self) -> Result<bool, Error> {
+        Ok(self.wire.fill().map_err(|e| stream_failed(&e))? == Fill::Data)
+    }
+
+    /// Sends a status update that asks for a reply. If an earlier one is still waiting for the socket to take
+    /// it, that one is enough.
+    pub(crate) fn send_status(&mut self, status: StatusUpdate) -> Result<(), Error> {
+        if self.wire.out.is_empty() {
+            put_status(&mut self.wire.out, status);
+        }
+        self.flush()
+    }
+
+    /// Sends what a full socket did not take before.
+    pub(crate) fn flush(&mut self) -> Result<(), Error> {
+        self.wire.flush().map_err(|e| stream_failed(&e)).map(drop)
+    }
+
+    /// Whether something waits for the socket to take it.
+    pub(crate) fn wants_write(&self) -> bool {
+        !self.wire.out.is_empty()
+    }
+
+    /// The socket, to wait on.
+    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
+        self.wire.fd()
+    }
+
+    /// Says the last status and goodbye, and waits, for two seconds at most, until the server has said its own: then the status has
+    /// arrived and the slot is free.
+    pub(crate) fn finish(mut self, status: StatusUpdate) -> Result<(), Error> {
+        put_status(&mut self.wire.out, status);
+        self.wire.out.extend_from_slice(b"c\0\0\0\x04");
+        let deadline = Instant::now() + GOODBYE_TIMEOUT;
+        loop {
+            self.wire.flush().map_err(|e| stream_failed(&e))?;
+            while let Some((tag, _)) = self.wire.next_frame().map_err(|e| stream_failed(&e))? {
+                // ReadyForQuery: the copy is over on both sides.
+                if tag == b'Z' {
+                    return Ok(());
+                }
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(Error::new(
+                    Kind::PostgresAway,
+                    "the server did not answer the end of the stream in time",
+                ));
+            }
+            crate::wait::for_socket(self.wire.fd(), self.wants_write(), left);
+            if let Err(e) = self.wire.fill() {
+                return if e.kind() == io::ErrorKind::UnexpectedEof {
+                    Ok(())
+                } else {
+                    Err(stream_failed(&e))
+                };
+            }
+        }
+    }
+}
+
+fn stream_failed(e: &io::Error) -> Error {
+    Error::postgres_io("the replication stream failed", e)
+}
+
+fn other_frame(tag: u8, body: &[u8]) -> Result<(), Error> {
+    match tag {
+        b'E' => Err(server_error(body)),
+        // CopyDone, CommandComplete: the server ends the stream, as it does when it shuts down.
+        b'c' | b'C' | b'Z' => Err(Error::new(Kind::PostgresAway, "the server ended the replication stream")),
+        // Notices and parameters.
+        _ => Ok(()),
+    }
+}
+
+fn copy_data(body: &[u8]) -> Result<Event<'_>, Error> {
+    let damaged = || Error::new(Kind::PostgresAway, "a damaged message on the replication stream");
+    let (tag, rest) = body.split_first().ok_or_else(damaged)?;
+    let (position, rest) = rest.split_first_chunk().ok_or_else(damaged)?;
+    let position = Lsn(u64::from_be_bytes(*position));
+    match tag {
+        // The end of the log and the server's clock, 8 bytes each, come before the message.
+        b'w' => Ok(Event::Wal { start: position, message: rest.get(16..).ok_or_else(damaged)? }),
+        b'k' => {
+            let reply = rest.get(8).ok_or_else(damaged)?;
+            Ok(Event::Keepalive { wal_end: position, reply_requested: *reply == 1 })
+        }
+        _ => Err(damaged()),
+    }
+}
+
+/// A standby status update that asks for a reply, as a `CopyData` message.
+fn put_status(out: &mut bytes::BytesMut, status: StatusUpdate) {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH + POSTGRES_EPOCH).unwrap_or_default();
+    let now_us = i64::try_from(now.as_micros()).unwrap_or(i64::MAX);
+    out.extend_from_slice(b"d\0\0\0\x26r");
+    // Written, flushed, applied: flushed is what lets the server forget.
+    for lsn in [status.received, status.confirmed, status.confirmed] {
+        out.extend_from_slice(&lsn.0.to_be_bytes());
+    }
+    out.extend_from_slice(&now_us.to_be_bytes());
+    out.extend_from_slice(&[1]);
+}
+
+fn quote_identifier(name: &str) -> String {
+    format!("\"{}\"", name.replace('"', "\"\""))
+}
+
+fn quote_literal(text: &str) -> String {
+    format!("'{}'", text.replace('\'', "''"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_quoted() {
+        assert_eq!(quote_identifier("a\"b"), "\"a\"\"b\"");
+        assert_eq!(quote_literal("a'b"), "'a''b'");
+    }
+
+    #[test]
+    fn a_status_update_is_of_the_protocols_length() {
+        let mut out = bytes::BytesMut::new();
+        put_status(&mut out, StatusUpdate { received: Lsn(2), confirmed: Lsn(1) });
+        assert_eq!(out.len(), 1 + 0x26);
+        assert_eq!(&out[6..22], [2_u64.to_be_bytes(), 1_u64.to_be_bytes()].concat());
+    }
+
+    #[test]
+    fn damaged_messages_are_errors() {
+        for bad in [&b""[..], b"w", b"w\0\0\0\0\0\0\0\x01", b"k\0\0\0\0\0\0\0\x01", b"x\0\0\0\0\0\0\0\x01\0"]
+        {
+            assert!(copy_data(bad).is_err());
+        }
+        let keepalive = [&b"k"[..], &5_u64.to_be_bytes(), &[0; 8], &[1]].concat();
+        assert_eq!(
+            copy_data(&keepalive).unwrap(),
+            Event::Keepalive { wal_end: Lsn(5), reply_requested: true }
+        );
+    }
+}
