@@ -1,0 +1,147 @@
+//! `cargo xtask down`, also for a stack whose supervisor was killed.
+
+use std::{collections::BTreeSet, fs, time::Duration};
+
+use rustix::process::Signal;
+use tokio::time::Instant;
+
+use crate::{
+    cli::Place,
+    failure::{Failure, Result},
+    identity::Identity,
+    layout::Layout,
+    ports, postgres,
+    progress::Progress,
+    spec::Layer,
+    state::{self, State},
+};
+
+/// How long a supervisor may take to stop its processes, before they are killed.
+const SUPERVISOR_LIMIT: Duration = Duration::from_secs(90);
+/// How long processes without a supervisor may take.
+const ORPHAN_LIMIT: Duration = Duration::from_secs(20);
+/// How long a killed process may take to go.
+const KILLED_LIMIT: Duration = Duration::from_secs(10);
+/// How long a supervisor that is just starting may take to write its state.
+const STATE_LIMIT: Duration = Duration::from_secs(5);
+
+/// Stops a stack, and says so when there is none.
+pub(crate) async fn down(place: &Place) -> Result<()> {
+    let layout = Layout::open(place.dir.as_deref())?;
+    let progress = Progress::new(None);
+    let since = Instant::now();
+    if state::lock(&layout)?.is_none() {
+        let state = supervised(&layout).await?;
+        let step = progress.step(format!("stopping the stack in {}", layout.dir.display()));
+        state.supervisor.signal(Signal::TERM);
+        if !state.supervisor.ended_within(SUPERVISOR_LIMIT).await {
+            state.supervisor.signal(Signal::KILL);
+            state.supervisor.ended_within(KILLED_LIMIT).await;
+        }
+        drop(step);
+    }
+    let Some(_lock) = state::lock(&layout)? else {
+        return Err(Failure::new("the supervisor does not end").hint("`cargo xtask status` tells more"));
+    };
+    let orphans = clear(&layout, &progress).await;
+    let _ = fs::remove_dir_all(&layout.run);
+    let seconds = since.elapsed().as_secs_f64();
+    match orphans {
+        0 => progress.line(&format!("nothing runs in {} ({seconds:.1} s)", layout.dir.display())),
+        _ => progress.line(&format!("stopped {orphans} processes without a supervisor ({seconds:.1} s)")),
+    }
+    Ok(())
+}
+
+/// The state of a stack that holds the lock, which it takes a moment before it writes its state.
+async fn supervised(layout: &Layout) -> Result<State> {
+    let until = Instant::now() + STATE_LIMIT;
+    loop {
+        match state::read(layout).filter(|state| state.supervisor.alive()) {
+            Some(state) => return Ok(state),
+            None if Instant::now() > until => {
+                return Err(Failure::new(format!(
+                    "{} is locked, but not by a supervisor",
+                    layout.dir.display()
+                ))
+                .hint("see who has its file `lock` open"));
+            }
+            None => tokio::time::sleep(Duration::from_millis(20)).await,
+        }
+    }
+}
+
+/// Stops what a killed supervisor left, in the reverse order of its start, and forgets it. To be called under
+/// the lock. Returns how many processes there were.
+pub(crate) async fn clear(layout: &Layout, progress: &Progress) -> usize {
+    let state = state::read(layout);
+    let mut count = 0;
+    if let Some(state) = &state {
+        let mut layers: Vec<Layer> = state.processes.iter().map(|entry| entry.layer).collect();
+        layers.sort_unstable();
+        layers.dedup();
+        for layer in layers.into_iter().rev() {
+            let of_layer = state.processes.iter().filter(|entry| entry.layer == layer);
+            let orphans: Vec<_> =
+                of_layer.filter_map(|entry| Some((&entry.name, entry.identity.as_ref()?))).collect();
+            let orphans: Vec<_> = orphans.into_iter().filter(|(_, process)| process.alive()).collect();
+            for (name, process) in &orphans {
+                progress.line(&format!(
+                    "  stopping {name} (process {}), left by a killed supervisor",
+                    process.pid
+                ));
+                process.signal(layer.stop_signal());
+            }
+            count += orphans.len();
+            for (_, process) in orphans {
+                if !process.ended_within(ORPHAN_LIMIT).await {
+                    process.signal(Signal::KILL);
+                }
+            }
+        }
+        count += kill(layout, state).await;
+    } else {
+        count += kill_marked(layout).await;
+    }
+    let _ = fs::remove_file(layout.state());
+    let _ = fs::remove_file(layout.endpoints());
+    count
+}
+
+/// Kills every process of a stack at once, those included that the state does not know. Returns how many.
+pub(crate) async fn kill(layout: &Layout, state: &State) -> usize {
+    let known = state.processes.iter().filter_map(|entry| entry.identity.clone());
+    let alive: Vec<Identity> = known.filter(Identity::alive).collect();
+    for process in &alive {
+        process.signal(Signal::KILL);
+    }
+    for process in &alive {
+        process.ended_within(KILLED_LIMIT).await;
+    }
+    let more = kill_marked(layout).await;
+    postgres::clear_remains(&state.cluster).await;
+    alive.len() + more
+}
+
+/// Those that bear the mark of this stack, but whose id was not written down in time.
+async fn kill_marked(layout: &Layout) -> usize {
+    let (key, value) = layout.mark();
+    let mark = format!("{key}={value}").into_bytes();
+    let marked: BTreeSet<u32> = ports::processes().into_iter().filter(|pid| bears(*pid, &mark)).collect();
+    let processes: Vec<Identity> = marked.into_iter().filter_map(Identity::of).collect();
+    for process in &processes {
+        process.signal(Signal::KILL);
+    }
+    for process in &processes {
+        process.ended_within(KILLED_LIMIT).await;
+    }
+    processes.len()
+}
+
+fn bears(pid: u32, mark: &[u8]) -> bool {
+    if pid == std::process::id() {
+        return false;
+    }
+    let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+    environment.split(|byte| *byte == 0).any(|variable| variable == mark)
+}

@@ -1,0 +1,169 @@
+//! The services: building them, and how to run each instance.
+
+use std::{
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use crate::{
+    endpoints::{bootstrap, database},
+    failure::{Explain, Failure, Result},
+    keeper,
+    layout::Layout,
+    logs,
+    ports::{Instance, Ports},
+    prerequisites,
+    progress::Progress,
+    spec::{Layer, Probe, Spec, open_log},
+};
+
+/// How long a service may take to drain.
+const GRACE: Duration = Duration::from_secs(20);
+
+/// The packages of the services.
+pub(crate) const PACKAGES: [&str; 3] = ["order-api", "cdc-relay", "consumer"];
+
+/// The package that a service is built from; nothing for Postgres and Kafka.
+pub(crate) fn package(service: &str) -> Option<&'static str> {
+    match service {
+        "order-api" => Some("order-api"),
+        "cdc-relay" => Some("cdc-relay"),
+        "pharmacy" | "fulfillment" => Some("consumer"),
+        _ => None,
+    }
+}
+
+/// Builds packages, with cargo's own progress on the terminal.
+pub(crate) fn build(layout: &Layout, progress: &Progress, packages: &[&str]) -> Result<()> {
+    let mut cargo = cargo(layout)?;
+    cargo.args(["build", "--release"]).args(packages.iter().flat_map(|package| ["-p", package]));
+    progress.line(&format!("  building {} (the first time takes minutes)", packages.join(", ")));
+    let since = std::time::Instant::now();
+    let status = cargo.stdin(Stdio::null()).status().explain(|| "start cargo".to_owned())?;
+    if !status.success() {
+        return Err(Failure::new(format!("the build failed: {}", keeper::describe(status)))
+            .hint("a C toolchain, make and perl are needed: apt-get install build-essential perl"));
+    }
+    progress.line(&format!("  built ({:.1} s)", since.elapsed().as_secs_f64()));
+    Ok(())
+}
+
+/// Cargo in the repository, on the target folder that this program came from. What the cargo that runs us put
+/// into the environment is taken out: build scripts that ask for it would be run again, and with them all that
+/// depends on them.
+pub(crate) fn cargo(layout: &Layout) -> Result<Command> {
+    let mut cargo = Command::new(prerequisites::cargo()?);
+    for (key, _) in std::env::vars_os() {
+        let name = key.to_string_lossy();
+        let of_our_package = name.starts_with("CARGO_PKG_")
+            || name.starts_with("CARGO_MANIFEST_")
+            || name.starts_with("CARGO_BIN_")
+            || [
+                "CARGO",
+                "CARGO_CRATE_NAME",
+                "CARGO_PRIMARY_PACKAGE",
+                "CARGO_TARGET_TMPDIR",
+                "LD_LIBRARY_PATH",
+            ]
+            .contains(&name.as_ref());
+        if of_our_package {
+            cargo.env_remove(key);
+        }
+    }
+    cargo.current_dir(&layout.root).env("CARGO_TARGET_DIR", target()?);
+    Ok(cargo)
+}
+
+/// `target/`, where this program lies in `target/release/`.
+fn target() -> Result<PathBuf> {
+    let program = std::env::current_exe().explain(|| "find this program".to_owned())?;
+    let folder = program.ancestors().nth(2).map(Path::to_path_buf);
+    folder.ok_or_else(|| Failure::new("this program is not in a target folder"))
+}
+
+/// The binary of a package.
+pub(crate) fn binary(package: &str) -> Result<PathBuf> {
+    let path = target()?.join("release").join(package);
+    if path.is_file() {
+        return Ok(path);
+    }
+    Err(Failure::new(format!("there is no {}", path.display())).hint("leave --no-build out"))
+}
+
+/// How to run one instance.
+pub(crate) fn spec(layout: &Layout, ports: &Ports, instance: &Instance) -> Result<Spec> {
+    let kafka = bootstrap(&ports.kafka);
+    let listen = format!("127.0.0.1:{}", instance.port);
+    let (package, layer, args, env) = match instance.service {
+        "order-api" => (
+            "order-api",
+            Layer::Api,
+            vec![],
+            vec![
+                ("ORDER_API_HTTP__LISTEN", listen),
+                ("ORDER_API_POSTGRES__URL", database(ports.postgres, "order_api", "orders")),
+            ],
+        ),
+        "cdc-relay" => {
+            let mut env = relay_env(ports);
+            env.push(("CDC_RELAY_HTTP__LISTEN", listen));
+            ("cdc-relay", Layer::Relay, vec!["run".into()], env)
+        }
+        handler => (
+            "consumer",
+            Layer::Consumer,
+            vec![],
+            vec![
+                ("CONSUMER_HTTP__LISTEN", listen),
+                ("CONSUMER_KAFKA__BROKERS", kafka),
+                ("CONSUMER_POSTGRES__URL", database(ports.postgres, "consumer", "consumers")),
+                ("CONSUMER_CONSUMER__HANDLER", handler.to_owned()),
+            ],
+        ),
+    };
+    Ok(Spec {
+        name: instance.name.clone(),
+        service: instance.service.to_owned(),
+        layer,
+        program: binary(package)?,
+        args,
+        env: env.into_iter().map(|(key, value)| (key.to_owned(), value)).collect(),
+        cwd: layout.dir.clone(),
+        user: None,
+        log: layout.log(&instance.name),
+        port: instance.port,
+        probe: Probe::Http { url: format!("http://127.0.0.1:{}/health/ready", instance.port) },
+        grace: GRACE,
+    })
+}
+
+fn relay_env(ports: &Ports) -> Vec<(&'static str, String)> {
+    vec![
+        ("CDC_RELAY_POSTGRES__URL", database(ports.postgres, "cdc_relay", "orders")),
+        ("CDC_RELAY_KAFKA__BROKERS", bootstrap(&ports.kafka)),
+        ("CDC_RELAY_ROUTE__TOPIC", "${aggregatetype}-events".to_owned()),
+    ]
+}
+
+/// Makes the relay's slot, by the command that a user would use. Nothing happens when it is there.
+pub(crate) async fn init_relay(layout: &Layout, ports: &Ports) -> Result<()> {
+    let path = layout.log("cdc-relay-init");
+    let log = open_log(&path)?;
+    let errors = log.try_clone().explain(|| format!("write {}", path.display()))?;
+    let status = tokio::process::Command::new(binary("cdc-relay")?)
+        .arg("init")
+        .envs(relay_env(ports))
+        .current_dir(&layout.dir)
+        .stdin(Stdio::null())
+        .stdout(log)
+        .stderr(errors)
+        .kill_on_drop(true)
+        .status()
+        .await
+        .explain(|| "start cdc-relay init".to_owned())?;
+    if status.success() {
+        return Ok(());
+    }
+    Err(logs::with_tail(Failure::new(format!("cdc-relay init failed: {}", keeper::describe(status))), &path))
+}
