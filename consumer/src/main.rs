@@ -1,1 +1,121 @@
-fn main() {}
+//! `consumer`: applies the order system's events, each once, to a database of its own.
+
+mod admin;
+mod app;
+mod assignment;
+mod config;
+mod decide;
+mod dlq;
+mod event;
+mod group;
+mod handlers;
+mod inbox;
+mod noise;
+mod run;
+mod store;
+
+use std::{path::PathBuf, process::ExitCode, time::Duration};
+
+use clap::{Parser, Subcommand};
+use service::{Failure, exit, exit::Kind, logs, shutdown::Shutdown};
+
+use crate::config::{Config, Settings};
+
+/// Applies the order system's events, each once, to a database of its own.
+#[derive(Parser)]
+#[command(version)]
+struct Args {
+    /// The configuration file (TOML); `config example` prints one.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Check the configuration and exit: 0 if it is right, 64 if not.
+    #[arg(long)]
+    check_config: bool,
+    /// What to do with the events: pharmacy or fulfillment (consumer.handler).
+    #[arg(long, value_name = "NAME")]
+    handler: Option<String>,
+    /// Kafka's bootstrap servers (kafka.brokers).
+    #[arg(long, value_name = "HOST:PORT,…")]
+    brokers: Option<String>,
+    /// The consumer group; the handler's name unless told (kafka.group).
+    #[arg(long, value_name = "NAME")]
+    group: Option<String>,
+    /// The topics to consume (kafka.topics).
+    #[arg(long, value_name = "NAME,…")]
+    topics: Option<String>,
+    /// Where health and metrics are served (http.listen).
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    listen: Option<String>,
+    /// A level or a filter (log.level).
+    #[arg(long, value_name = "LEVEL")]
+    log_level: Option<String>,
+    /// text or json (log.format).
+    #[arg(long, value_name = "FORMAT")]
+    log_format: Option<String>,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// About the configuration.
+    Config {
+        #[command(subcommand)]
+        command: ConfigCommand,
+    },
+}
+
+#[derive(Subcommand)]
+enum ConfigCommand {
+    /// Print every key with its default.
+    Example,
+}
+
+impl Args {
+    fn settings(&self) -> Result<Settings, Failure> {
+        let flags: Vec<(&str, String)> = [
+            ("consumer.handler", &self.handler),
+            ("kafka.brokers", &self.brokers),
+            ("kafka.group", &self.group),
+            ("kafka.topics", &self.topics),
+            ("http.listen", &self.listen),
+            ("log.level", &self.log_level),
+            ("log.format", &self.log_format),
+        ]
+        .into_iter()
+        .filter_map(|(key, value)| Some((key, value.clone()?)))
+        .collect();
+        let config: Config = service::config::load("CONSUMER", self.config.as_deref(), &flags)?;
+        let settings = config.check()?;
+        group::check(&settings.kafka)?;
+        Ok(settings)
+    }
+}
+
+fn main() -> ExitCode {
+    exit::report("consumer", run(&Args::parse()))
+}
+
+fn run(args: &Args) -> Result<(), Failure> {
+    if let Some(Command::Config { command: ConfigCommand::Example }) = args.command {
+        print!("{}", config::EXAMPLE);
+        return Ok(());
+    }
+    let settings = args.settings()?;
+    if args.check_config {
+        println!("the configuration is right");
+        return Ok(());
+    }
+    logs::init(&settings.log)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(|e| Failure::new(Kind::Internal, format!("cannot start the runtime: {e}")))?;
+    let outcome = runtime.block_on(async {
+        let (_trigger, shutdown) = Shutdown::on_signals()?;
+        app::App::build(settings).await?.run_until_stopped(shutdown).await
+    });
+    // A call into librdkafka that still waits for a broker must not hold up the exit.
+    runtime.shutdown_timeout(Duration::from_millis(100));
+    outcome
+}

@@ -1,0 +1,53 @@
+//! The service put together: build, then run until stopped.
+
+use std::sync::Arc;
+
+use service::{Failure, Health, health, metrics, shutdown::Shutdown};
+use tokio::net::TcpListener;
+
+use crate::{
+    admin::Metrics, assignment::Assignment, config::Settings, dlq::DeadLetters, group, run::Shared,
+    store::Store,
+};
+
+/// A service that has its port and nothing else yet.
+pub(crate) struct App {
+    settings: Settings,
+    listener: TcpListener,
+    health: Health,
+}
+
+impl App {
+    /// Takes the port, so that health can be asked while the servers are waited for.
+    pub(crate) async fn build(settings: Settings) -> Result<Self, Failure> {
+        let listener = health::bind(&settings.listen).await?;
+        Ok(Self { settings, listener, health: Health::default() })
+    }
+
+    /// Runs until asked to stop, and drains.
+    pub(crate) async fn run_until_stopped(self, shutdown: Shutdown) -> Result<(), Failure> {
+        let Self { settings, listener, health } = self;
+        let mut registry = metrics::registry("consumer");
+        let metrics = Metrics::new(&mut registry);
+        if let Ok(address) = listener.local_addr() {
+            tracing::info!(%address, handler = settings.handler.as_str(), group = settings.kafka.group, "starting");
+        }
+        // Served until the very end, also while we drain: it ends with its owner.
+        let (_until_the_end, served) = Shutdown::manual();
+        let router = health::router(health.clone(), Arc::new(registry));
+        let http = tokio::spawn(health::serve(listener, router, served));
+
+        health.not_ready("waiting_for_database", "connecting");
+        let store = tokio::select! {
+            store = Store::open(&settings) => store?,
+            () = shutdown.requested() => return Ok(()),
+        };
+        health.not_ready("joining", "");
+        let dead_letters = DeadLetters::new(&settings.kafka)?;
+        let (consumer, events) = group::join(&settings.kafka)?;
+        let shared = Arc::new(Shared { store, dead_letters, metrics, limits: settings.limits });
+        let outcome = Assignment::new(consumer, events, shared, health)?.run(shutdown).await;
+        http.abort();
+        outcome
+    }
+}

@@ -1,0 +1,375 @@
+//! The configuration: as written (one struct for each section, unknown keys refused), then checked.
+
+use std::{collections::BTreeMap, fmt, time::Duration};
+
+use serde::{Deserialize, Deserializer};
+use service::{Failure, Secret, config::HttpConfig, logs::LogConfig};
+use sqlx::postgres::PgConnectOptions;
+
+use crate::{decide::Backoff, handlers::Name};
+
+/// Every key with its default, as `config example` prints it.
+pub(crate) const EXAMPLE: &str = include_str!("config.example.toml");
+
+/// The configuration as written.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[cfg_attr(test, derive(PartialEq))]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Config {
+    pub(crate) consumer: ConsumerConfig,
+    pub(crate) kafka: KafkaConfig,
+    pub(crate) postgres: PostgresConfig,
+    pub(crate) http: Http,
+    pub(crate) log: Log,
+}
+
+/// `[consumer]`; the units are in the names.
+#[derive(Debug, Clone, Deserialize)]
+#[cfg_attr(test, derive(PartialEq))]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct ConsumerConfig {
+    pub(crate) handler: String,
+    pub(crate) batch_records_max: usize,
+    pub(crate) batch_bytes_max: usize,
+    pub(crate) apply_timeout_seconds: u64,
+    pub(crate) retry_first_ms: u64,
+    pub(crate) retry_max_ms: u64,
+    pub(crate) drain_timeout_seconds: u64,
+}
+
+impl Default for ConsumerConfig {
+    fn default() -> Self {
+        Self {
+            handler: String::new(),
+            batch_records_max: 500,
+            batch_bytes_max: 1_048_576,
+            apply_timeout_seconds: 30,
+            retry_first_ms: 1000,
+            retry_max_ms: 10_000,
+            drain_timeout_seconds: 15,
+        }
+    }
+}
+
+/// `[kafka]`.
+#[derive(Clone, Deserialize)]
+#[cfg_attr(test, derive(PartialEq))]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct KafkaConfig {
+    pub(crate) brokers: String,
+    pub(crate) group: String,
+    #[serde(deserialize_with = "list")]
+    pub(crate) topics: Vec<String>,
+    pub(crate) commit_interval_ms: u64,
+    pub(crate) properties: BTreeMap<String, String>,
+}
+
+impl Default for KafkaConfig {
+    fn default() -> Self {
+        Self {
+            brokers: "127.0.0.1:19092".into(),
+            group: String::new(),
+            topics: vec!["order-events".into()],
+            commit_interval_ms: 500,
+            properties: BTreeMap::new(),
+        }
+    }
+}
+
+impl fmt::Debug for KafkaConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Properties may hold passwords: their names only.
+        f.debug_struct("KafkaConfig")
+            .field("brokers", &self.brokers)
+            .field("group", &self.group)
+            .field("topics", &self.topics)
+            .field("commit_interval_ms", &self.commit_interval_ms)
+            .field("properties", &self.properties.keys())
+            .finish()
+    }
+}
+
+/// `[postgres]`. The URL may hold a password, so it is a secret as a whole.
+#[derive(Debug, Clone, Deserialize)]
+#[cfg_attr(test, derive(PartialEq))]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct PostgresConfig {
+    pub(crate) url: Secret,
+    pub(crate) password: Secret,
+    pub(crate) connections_max: u32,
+    pub(crate) start_timeout_seconds: u64,
+}
+
+impl Default for PostgresConfig {
+    fn default() -> Self {
+        Self {
+            url: Secret::new("postgres://consumer@127.0.0.1:15432/consumers"),
+            password: Secret::default(),
+            connections_max: 6,
+            start_timeout_seconds: 60,
+        }
+    }
+}
+
+/// `[http]` with this service's default.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(transparent)]
+pub(crate) struct Http(pub(crate) HttpConfig);
+
+impl Default for Http {
+    fn default() -> Self {
+        Self(HttpConfig { listen: "127.0.0.1:8090".into() })
+    }
+}
+
+/// `[log]`.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(transparent)]
+pub(crate) struct Log(pub(crate) LogConfig);
+
+/// A list, or (from the environment and flags) a text with commas.
+fn list<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Written {
+        List(Vec<String>),
+        Text(String),
+    }
+    Ok(match Written::deserialize(deserializer)? {
+        Written::List(list) => list,
+        Written::Text(text) => {
+            text.split(',').map(str::trim).filter(|t| !t.is_empty()).map(str::to_owned).collect()
+        }
+    })
+}
+
+/// The configuration, checked: what the rest of the program takes.
+#[derive(Debug, Clone)]
+pub(crate) struct Settings {
+    pub(crate) handler: Name,
+    pub(crate) limits: Limits,
+    pub(crate) kafka: KafkaConfig,
+    pub(crate) postgres: PgConnectOptions,
+    pub(crate) connections_max: u32,
+    pub(crate) start_timeout: Duration,
+    pub(crate) listen: String,
+    pub(crate) log: LogConfig,
+}
+
+/// Every bound of the data path.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Limits {
+    pub(crate) batch_records_max: usize,
+    pub(crate) batch_bytes_max: usize,
+    pub(crate) apply_timeout: Duration,
+    pub(crate) backoff: Backoff,
+    pub(crate) drain_timeout: Duration,
+    pub(crate) commit_interval: Duration,
+}
+
+impl Config {
+    /// Checks everything that can be checked without a server.
+    ///
+    /// # Errors
+    /// 64, naming the key.
+    pub(crate) fn check(self) -> Result<Settings, Failure> {
+        let handler: Name = self.consumer.handler.parse()?;
+        let c = &self.consumer;
+        range("consumer.batch_records_max", c.batch_records_max as u64, 1, 10_000)?;
+        range("consumer.batch_bytes_max", c.batch_bytes_max as u64, 1024, 64 << 20)?;
+        range("consumer.apply_timeout_seconds", c.apply_timeout_seconds, 1, 300)?;
+        range("consumer.retry_first_ms", c.retry_first_ms, 1, 60_000)?;
+        range("consumer.retry_max_ms", c.retry_max_ms, c.retry_first_ms, 600_000)?;
+        range("consumer.drain_timeout_seconds", c.drain_timeout_seconds, 1, 120)?;
+        range("kafka.commit_interval_ms", self.kafka.commit_interval_ms, 10, 60_000)?;
+        range("postgres.connections_max", self.postgres.connections_max.into(), 2, 100)?;
+        range("postgres.start_timeout_seconds", self.postgres.start_timeout_seconds, 1, 3600)?;
+        let limits = Limits {
+            batch_records_max: c.batch_records_max,
+            batch_bytes_max: c.batch_bytes_max,
+            apply_timeout: Duration::from_secs(c.apply_timeout_seconds),
+            backoff: Backoff {
+                first: Duration::from_millis(c.retry_first_ms),
+                max: Duration::from_millis(c.retry_max_ms),
+            },
+            drain_timeout: Duration::from_secs(c.drain_timeout_seconds),
+            commit_interval: Duration::from_millis(self.kafka.commit_interval_ms),
+        };
+        Ok(Settings {
+            handler,
+            limits,
+            kafka: check_kafka(self.kafka, handler)?,
+            postgres: check_postgres(&self.postgres)?,
+            connections_max: self.postgres.connections_max,
+            start_timeout: Duration::from_secs(self.postgres.start_timeout_seconds),
+            listen: self.http.0.listen,
+            log: self.log.0,
+        })
+    }
+}
+
+fn range(key: &str, value: u64, min: u64, max: u64) -> Result<(), Failure> {
+    if (min..=max).contains(&value) {
+        return Ok(());
+    }
+    Err(Failure::configuration(format!("{key} is {value}; it must be from {min} to {max}")))
+}
+
+fn check_postgres(config: &PostgresConfig) -> Result<PgConnectOptions, Failure> {
+    let options: PgConnectOptions = config.url.expose().parse().map_err(|e| {
+        Failure::configuration(format!("postgres.url is not a Postgres URL: {e}")).hint(
+            "write it as postgres://USER@HOST:PORT/DATABASE; the password belongs into postgres.password",
+        )
+    })?;
+    Ok(if config.password.is_empty() { options } else { options.password(config.password.expose()) })
+}
+
+fn check_kafka(mut kafka: KafkaConfig, handler: Name) -> Result<KafkaConfig, Failure> {
+    if kafka.group.is_empty() {
+        handler.as_str().clone_into(&mut kafka.group);
+    }
+    if kafka.brokers.trim().is_empty() {
+        return Err(Failure::configuration("kafka.brokers is empty").hint("write it as HOST:PORT,HOST:PORT"));
+    }
+    for topic in &kafka.topics {
+        let legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+        // `-dlq` is appended, and Kafka's limit is 249.
+        if topic.is_empty() || topic.len() > 245 || !topic.chars().all(legal) {
+            return Err(Failure::configuration(format!(
+                "kafka.topics holds {topic:?}; a topic is 1 to 245 of A-Z a-z 0-9 . _ -"
+            )));
+        }
+    }
+    if kafka.topics.is_empty() {
+        return Err(Failure::configuration("kafka.topics is empty").hint("name at least one topic"));
+    }
+    for name in kafka.properties.keys() {
+        if let Some(why) = refused(name) {
+            return Err(Failure::configuration(format!("kafka.properties may not set {name}: {why}")));
+        }
+    }
+    Ok(kafka)
+}
+
+/// Why a librdkafka setting is not the user's to make: it would break what the consumer promises.
+fn refused(name: &str) -> Option<&'static str> {
+    Some(match name {
+        "bootstrap.servers" | "metadata.broker.list" => "use kafka.brokers",
+        "group.id" => "use kafka.group",
+        "enable.auto.commit" | "auto.commit.enable" | "enable.auto.offset.store" => {
+            "an offset moves only after the database transaction; otherwise a crash would lose events"
+        }
+        "auto.commit.interval.ms" => "use kafka.commit_interval_ms",
+        "auto.offset.reset" => "a new group begins with the first event, or it would miss some",
+        "isolation.level" => "only committed records are read, or aborted ones would be applied",
+        "partition.assignment.strategy" | "group.protocol" | "group.remote.assignor" => {
+            "partitions are taken and given away one by one (cooperative-sticky)"
+        }
+        "enable.partition.eof" => "the lag is computed from it",
+        "check.crcs" => "a damaged record must not be applied",
+        "acks"
+        | "request.required.acks"
+        | "enable.idempotence"
+        | "transactional.id"
+        | "message.timeout.ms"
+        | "delivery.timeout.ms"
+        | "enable.gapless.guarantee"
+        | "delivery.report.only.error"
+        | "partitioner" => "a dead letter counts only when all replicas in sync hold it",
+        "allow.auto.create.topics" => {
+            "topics are made by whoever runs the cluster, with the right partitions"
+        }
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    impl PartialEq for Http {
+        fn eq(&self, other: &Self) -> bool {
+            self.0.listen == other.0.listen
+        }
+    }
+
+    impl PartialEq for Log {
+        fn eq(&self, other: &Self) -> bool {
+            (&self.0.level, self.0.format) == (&other.0.level, other.0.format)
+        }
+    }
+
+    fn valid() -> Config {
+        let mut config = Config::default();
+        config.consumer.handler = "pharmacy".into();
+        config
+    }
+
+    #[test]
+    fn the_example_holds_every_key_with_its_default() {
+        let example: Config = toml::from_str(EXAMPLE).unwrap();
+        assert_eq!(example, Config::default());
+        // Every key is in it: one that is not would not be found by a reader.
+        let keys: toml::Table = toml::from_str(EXAMPLE).unwrap();
+        let count: usize = keys.values().filter_map(toml::Value::as_table).map(toml::Table::len).sum();
+        assert_eq!(count, 7 + 5 + 4 + 1 + 2);
+    }
+
+    #[test]
+    fn the_group_is_the_handlers_name_unless_told() {
+        assert_eq!(valid().check().unwrap().kafka.group, "pharmacy");
+        let mut config = valid();
+        config.kafka.group = "mine".into();
+        assert_eq!(config.check().unwrap().kafka.group, "mine");
+    }
+
+    #[test]
+    fn a_missing_or_unknown_handler_names_the_choices() {
+        for handler in ["", "pharmacie"] {
+            let mut config = valid();
+            config.consumer.handler = handler.into();
+            let failure = config.check().unwrap_err();
+            assert_eq!(failure.kind.code(), 64);
+            assert!(failure.to_string().contains("fulfillment"), "{failure}");
+        }
+    }
+
+    #[test]
+    fn a_property_that_would_break_a_promise_is_refused_by_name() {
+        for name in ["enable.auto.commit", "group.id", "isolation.level", "acks", "auto.offset.reset"] {
+            let mut config = valid();
+            config.kafka.properties.insert(name.into(), "x".into());
+            let failure = config.check().unwrap_err();
+            assert_eq!(failure.kind.code(), 64);
+            assert!(failure.message.contains(name), "{failure}");
+        }
+        let mut config = valid();
+        config.kafka.properties.insert("security.protocol".into(), "ssl".into());
+        config.check().unwrap();
+    }
+
+    #[test]
+    fn numbers_out_of_range_name_the_key() {
+        let mut config = valid();
+        config.consumer.batch_records_max = 0;
+        assert!(config.check().unwrap_err().message.contains("consumer.batch_records_max"));
+        let mut config = valid();
+        config.consumer.retry_max_ms = 1;
+        assert!(config.check().unwrap_err().message.contains("consumer.retry_max_ms"));
+    }
+
+    #[test]
+    fn topics_may_come_as_one_text() {
+        let kafka: KafkaConfig = toml::from_str("topics = 'a, b'").unwrap();
+        assert_eq!(kafka.topics, ["a", "b"]);
+    }
+
+    #[test]
+    fn no_secret_is_printed() {
+        let mut config = valid();
+        config.postgres.url = Secret::new("postgres://u:hush@h/d");
+        config.postgres.password = Secret::new("hush");
+        config.kafka.properties.insert("sasl.password".into(), "hush".into());
+        assert!(!format!("{config:?}").contains("hush"));
+    }
+}

@@ -1,0 +1,30 @@
+//! The inbox: which events a group has applied. Its row is in the transaction that applies the event, so either
+//! both are there or neither, and an event that Kafka delivers again is dropped.
+
+use std::collections::HashSet;
+
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+use crate::event::Event;
+
+/// Marks events as applied by `group` and gives back the indices of those that were not yet, in order, each once
+/// even if it stands in `events` twice. Waits for a rival who is marking the same ones.
+pub(crate) async fn claim(
+    transaction: &mut PgConnection,
+    group: &str,
+    events: &[Event],
+) -> sqlx::Result<Vec<usize>> {
+    let ids: Vec<Uuid> = events.iter().map(|e| e.id).collect();
+    let mut fresh: HashSet<Uuid> = sqlx::query_scalar(
+        "INSERT INTO inbox (consumer_group, event_id) SELECT $1, id FROM unnest($2::uuid[]) AS id
+         ON CONFLICT DO NOTHING RETURNING event_id",
+    )
+    .bind(group)
+    .bind(ids)
+    .fetch_all(transaction)
+    .await?
+    .into_iter()
+    .collect();
+    Ok(events.iter().enumerate().filter(|(_, e)| fresh.remove(&e.id)).map(|(index, _)| index).collect())
+}
