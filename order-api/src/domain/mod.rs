@@ -1,0 +1,13 @@
+//! Orders and what is true of them, apart from HTTP, JSON requests and SQL. Values are parsed once; whoever
+//! holds an [`Id`]-like newtype, a [`Currency`] or an [`Item`] holds a right one.
+
+mod event;
+mod money;
+mod order;
+mod text;
+
+pub use event::{Event, EventType};
+pub use money::{Amount, Currency, MAX_PRICE, parse_decimal};
+pub(crate) use order::total;
+pub use order::{Item, MAX_ITEMS, MAX_QUANTITY, NewOrder, Order, Status};
+pub use text::{CustomerId, ItemName, MAX_NAME_CHARS, MenuItemId, OrderId, RestaurantId, Traceparent};
