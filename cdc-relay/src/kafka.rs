@@ -16,7 +16,7 @@ use rdkafka::{
     ClientConfig, ClientContext,
     config::RDKafkaLogLevel,
     error::{KafkaError, RDKafkaErrorCode},
-    message::{Header, OwnedHeaders},
+    message::{BorrowedMessage, Header, Headers as _, Message as _, OwnedHeaders},
     producer::{BaseProducer, BaseRecord, DeliveryResult, Producer as _, ProducerContext},
     types::RDKafkaRespErr,
 };
@@ -41,7 +41,14 @@ const METADATA_TIMEOUT: Duration = Duration::from_secs(1);
 pub(crate) struct Reports {
     pub(crate) acknowledged: Vec<Ticket>,
     /// The first failure that is a cause; those that follow from it are not kept.
-    failed: Option<RDKafkaErrorCode>,
+    failed: Option<Failed>,
+}
+
+/// A record that was not delivered, or the producer's own failure.
+#[derive(Debug, Clone)]
+struct Failed {
+    code: RDKafkaErrorCode,
+    what: String,
 }
 
 struct Context {
@@ -55,10 +62,10 @@ impl Context {
         self.reports.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn fail(&self, code: RDKafkaErrorCode) {
+    fn fail(&self, code: RDKafkaErrorCode, what: impl FnOnce() -> String) {
         let mut reports = self.reports();
-        if reports.failed.is_none_or(is_consequence) {
-            reports.failed = Some(code);
+        if reports.failed.as_ref().is_none_or(|f| is_consequence(f.code)) {
+            reports.failed = Some(Failed { code, what: what() });
         }
         drop(reports);
         self.waker.wake();
@@ -83,7 +90,7 @@ impl ClientContext for Context {
             }
             Some(RDKafkaErrorCode::Fatal) => {
                 tracing::warn!(reason, "the producer is broken and will be replaced");
-                self.fail(RDKafkaErrorCode::Fatal);
+                self.fail(RDKafkaErrorCode::Fatal, || "a record".into());
             }
             Some(RDKafkaErrorCode::Authentication | RDKafkaErrorCode::SSL) => {
                 tracing::error!(
@@ -110,7 +117,11 @@ impl ProducerContext for Context {
                     self.waker.wake();
                 }
             }
-            Err((error, _)) => self.fail(error.rdkafka_error_code().unwrap_or(RDKafkaErrorCode::Unknown)),
+            Err((error, message)) => {
+                self.fail(error.rdkafka_error_code().unwrap_or(RDKafkaErrorCode::Unknown), || {
+                    describe_failed(message)
+                });
+            }
         }
     }
 }
@@ -232,16 +243,14 @@ impl Producer {
         let context = self.inner.context();
         let mut reports = context.reports();
         std::mem::swap(&mut reports.acknowledged, into);
-        match reports.failed {
-            None => Ok(()),
-            Some(code) if is_consequence(code) => {
-                // The cause arrives in the reports that follow; it decides between another try and a halt.
-                drop(reports);
-                std::thread::sleep(CAUSE_GRACE);
-                Err(refused(context.reports().failed.unwrap_or(code), "a record"))
-            }
-            Some(code) => Err(refused(code, "a record")),
+        let Some(mut failed) = reports.failed.clone() else { return Ok(()) };
+        drop(reports);
+        if is_consequence(failed.code) {
+            // The cause arrives in the reports that follow; it decides between another try and a halt.
+            std::thread::sleep(CAUSE_GRACE);
+            failed = context.reports().failed.clone().unwrap_or(failed);
         }
+        Err(refused(failed.code, &failed.what))
     }
 }
 
@@ -257,6 +266,14 @@ impl Drop for Producer {
 
 fn describe(record: &Outgoing<'_>) -> String {
     format!("outbox row {} for topic {}", record.row.id, record.topic)
+}
+
+/// The same of a record that came back. Others of its batch fail with it, and it may be one of them that is
+/// to blame.
+fn describe_failed(message: &BorrowedMessage<'_>) -> String {
+    let id = message.headers().and_then(|h| h.iter().find(|h| h.key == "id")?.value);
+    let id = id.map_or_else(|| "unknown".into(), String::from_utf8_lossy);
+    format!("outbox row {id} for topic {}", message.topic())
 }
 
 /// What a record's failure means.
@@ -276,6 +293,16 @@ fn refused(code: RDKafkaErrorCode, what: &str) -> Error {
             .hint("a compacted topic takes no record without a key; look at the broker's log"),
         _ => Error::new(Kind::DeliveryFailed, format!("Kafka did not take {what}: {code}")),
     }
+}
+
+/// Asks librdkafka whether it would take the configuration; connects to nothing.
+pub(crate) fn check(config: &KafkaConfig) -> Result<(), Error> {
+    client_config(config).create_native_config().map(drop).map_err(|e| not_taken(&e))
+}
+
+fn not_taken(error: &KafkaError) -> Error {
+    Error::new(Kind::Misconfigured, format!("librdkafka does not take the configuration: {error}"))
+        .hint("look at kafka.brokers and kafka.properties")
 }
 
 fn client_config(config: &KafkaConfig) -> ClientConfig {

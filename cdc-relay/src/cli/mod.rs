@@ -8,7 +8,11 @@ use std::path::PathBuf;
 use clap::{Parser, Subcommand};
 use service::Failure;
 
-use crate::config::{Config, ENV_PREFIX, EXAMPLE, Settings};
+use crate::{
+    config::{Config, ENV_PREFIX, EXAMPLE, Settings},
+    error::Error,
+    kafka,
+};
 
 /// Streams the inserts of an outbox table from a Postgres logical replication slot to Kafka.
 ///
@@ -91,7 +95,10 @@ impl Options {
             ("log.level", self.log_level),
         ];
         let flags: Vec<_> = flags.into_iter().filter_map(|(key, value)| Some((key, value?))).collect();
-        service::config::load::<Config>(ENV_PREFIX, self.config.as_deref(), &flags)?.check()
+        let settings =
+            service::config::load::<Config>(ENV_PREFIX, self.config.as_deref(), &flags)?.check()?;
+        kafka::check(&settings.kafka).map_err(Error::into_failure)?;
+        Ok(settings)
     }
 }
 

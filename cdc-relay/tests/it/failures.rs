@@ -1,0 +1,158 @@
+//! The relay and its servers are killed, cut and refused.
+
+use crate::{
+    database::{Database, eventually},
+    relay::{Relay, init},
+    topics::{Topic, assert_complete_and_ordered},
+};
+
+#[test]
+fn a_relay_that_is_killed_again_and_again_loses_nothing_and_keeps_order() {
+    let (mut database, topic) = (Database::new(), Topic::new(3, &[]));
+    init(&database);
+    let (kind, rounds, each) = (topic.kind.clone(), 5, 2000);
+    for round in 0..rounds {
+        let relay = Relay::start(&database, &[]);
+        database.insert(&kind, round * each, each);
+        let wanted = i64::try_from(round * each + 1).unwrap();
+        eventually("some of the round has arrived", || (topic.size() >= wanted).then_some(()));
+        relay.kill();
+    }
+    let relay = Relay::start(&database, &[]);
+    let lsn = database.current_lsn();
+    eventually("everything is confirmed", || (database.unconfirmed_bytes(&lsn) <= 0).then_some(()));
+    let messages = topic.read(rounds * each);
+    let repeated = assert_complete_and_ordered(&messages, rounds * each);
+    println!("{} rows, {repeated} records repeated after {rounds} kills", rounds * each);
+    relay.stop();
+}
+
+#[test]
+fn a_clean_stop_repeats_nothing() {
+    let (mut database, topic) = (Database::new(), Topic::new(3, &[]));
+    init(&database);
+    for round in 0..3 {
+        let relay = Relay::start(&database, &[]);
+        database.insert(&topic.kind, round * 1000, 1000);
+        relay.stop();
+    }
+    let relay = Relay::start(&database, &[]);
+    let messages = topic.read(3000);
+    assert_eq!(assert_complete_and_ordered(&messages, 3000), 0);
+    relay.stop();
+}
+
+#[test]
+fn a_second_relay_stands_by_and_takes_over() {
+    let (mut database, topic) = (Database::new(), Topic::new(1, &[]));
+    init(&database);
+    let first = Relay::start(&database, &[]);
+    let mut second = Relay::spawn(&database, &[]);
+    second.wait_for_state("standby");
+    database.insert(&topic.kind, 0, 10);
+    topic.read(10);
+    first.kill();
+    second.wait_for_state("streaming");
+    database.insert(&topic.kind, 10, 10);
+    assert_complete_and_ordered(&topic.read(20), 20);
+    second.stop();
+}
+
+#[test]
+fn a_session_that_postgres_cuts_is_taken_up_again() {
+    let (mut database, topic) = (Database::new(), Topic::new(2, &[]));
+    init(&database);
+    let relay = Relay::start(&database, &[]);
+    for round in 0..5 {
+        database.insert(&topic.kind, round * 500, 500);
+        let name = database.name.clone();
+        database
+            .run(&format!("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{name}'"));
+    }
+    assert_complete_and_ordered(&topic.read(2500), 2500);
+    assert!(relay.metric("cdc_relay_sessions_total").unwrap() > 1.0);
+    relay.stop();
+}
+
+#[test]
+fn a_topic_that_is_missing_halts_with_the_command_and_nothing_is_lost() {
+    let (mut database, topic) = (Database::new(), Topic::new(1, &[]));
+    init(&database);
+    let mut relay = Relay::start(&database, &[]);
+    database.insert(&topic.kind, 0, 5);
+    database.run("INSERT INTO outbox VALUES (gen_random_uuid(), 'no-such-kind', 'k', 'T', '{}')");
+    database.insert(&topic.kind, 5, 5);
+    assert_eq!(relay.wait().code(), Some(65), "{}", relay.log());
+    assert!(
+        relay.log().contains("kafka-topics.sh --create --topic outbox.event.no-such-kind"),
+        "{}",
+        relay.log()
+    );
+    let relay = Relay::start(&database, &[("CDC_RELAY_ROUTE__TOPIC", &topic.name)]);
+    eventually("all eleven are there", || (topic.size() >= 11).then_some(()));
+    relay.stop();
+}
+
+#[test]
+fn a_row_that_is_too_large_halts_and_is_published_once_the_limit_is_raised() {
+    let (mut database, topic) = (Database::new(), Topic::new(1, &[("max.message.bytes", "3000000")]));
+    init(&database);
+    let mut relay = Relay::start(&database, &[]);
+    let kind = &topic.kind;
+    let large = format!(
+        "INSERT INTO outbox VALUES (gen_random_uuid(), '{kind}', 'k', 'T', to_jsonb(repeat('x', 2000000)))"
+    );
+    database.run(&large);
+    database.run(&format!("INSERT INTO outbox VALUES (gen_random_uuid(), '{kind}', 'k', 'T', '{{}}')"));
+    assert_eq!(relay.wait().code(), Some(65), "{}", relay.log());
+    assert!(relay.log().contains("message.max.bytes"), "{}", relay.log());
+    assert_eq!(topic.size(), 0);
+    let relay = Relay::start(&database, &[("CDC_RELAY_KAFKA__PROPERTIES__MESSAGE_MAX_BYTES", "4000000")]);
+    assert_eq!(topic.read(2).len(), 2);
+    relay.stop();
+}
+
+#[test]
+fn a_record_that_the_broker_refuses_halts_and_nothing_behind_it_is_confirmed() {
+    let (mut database, topic) = (Database::new(), Topic::new(1, &[("max.message.bytes", "10000")]));
+    init(&database);
+    let before = database.current_lsn();
+    let mut relay = Relay::start(&database, &[]);
+    let kind = &topic.kind;
+    let id = uuid::Uuid::now_v7();
+    database.run(&format!(
+        "INSERT INTO outbox VALUES ('{id}', '{kind}', 'k', 'T', to_jsonb(repeat('x', 20000)))"
+    ));
+    let lsn = database.current_lsn();
+    assert_eq!(relay.wait().code(), Some(65), "{}", relay.log());
+    assert!(
+        relay.log().contains(&format!("outbox row {id} for topic {} is larger than Kafka takes", topic.name)),
+        "{}",
+        relay.log()
+    );
+    assert_eq!(topic.size(), 0);
+    assert!(
+        database.unconfirmed_bytes(&lsn) > 0,
+        "the row's commit is confirmed; before it the log was at {before}"
+    );
+}
+
+#[test]
+fn a_broker_that_is_not_there_is_waited_for_within_bounds() {
+    let (mut database, topic) = (Database::new(), Topic::new(1, &[]));
+    init(&database);
+    // Nobody listens on port 1; the relay must neither end nor confirm.
+    let relay = Relay::start(
+        &database,
+        &[("CDC_RELAY_KAFKA__BROKERS", "127.0.0.1:1"), ("CDC_RELAY_LIMITS__IN_FLIGHT_BYTES", "65536")],
+    );
+    database.insert(&topic.kind, 0, 2000);
+    let lsn = database.current_lsn();
+    eventually("the relay has noticed", || relay.metric("cdc_relay_kafka_up").filter(|up| *up == 0.0));
+    assert!(relay.metric("cdc_relay_in_flight_bytes").unwrap() <= 65_536.0 + 1024.0);
+    assert!(database.unconfirmed_bytes(&lsn) > 0);
+    relay.kill();
+    let relay = Relay::start(&database, &[]);
+    assert_complete_and_ordered(&topic.read(2000), 2000);
+    relay.stop();
+}

@@ -1,0 +1,12 @@
+//! The relay on real servers: `cargo xtask test` gives each test its Postgres and its Kafka.
+
+// A test that cannot go on fails where it stands.
+#![allow(clippy::unwrap_used)]
+
+mod database;
+mod delivery;
+mod failures;
+mod idle;
+mod init;
+mod relay;
+mod topics;

@@ -1,0 +1,129 @@
+//! The relay as a process.
+
+use std::{
+    io::{BufRead as _, BufReader},
+    net::TcpListener,
+    process::{Child, Command, ExitStatus, Output, Stdio},
+    sync::{Arc, Mutex},
+    thread::JoinHandle,
+};
+
+use crate::database::{Database, eventually, server};
+
+/// A command with the configuration that a test's relay has, and nothing else.
+pub(crate) fn command(database: &Database) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_cdc-relay"));
+    command
+        .env("CDC_RELAY_POSTGRES__URL", database.url())
+        .env("CDC_RELAY_POSTGRES__SLOT", &database.slot)
+        .env("CDC_RELAY_KAFKA__BROKERS", server("TEST_KAFKA_BROKERS"));
+    command
+}
+
+/// Runs `cdc-relay init`.
+pub(crate) fn init(database: &Database) -> Output {
+    let output = command(database).arg("init").output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    output
+}
+
+pub(crate) struct Relay {
+    pub(crate) child: Child,
+    url: String,
+    log: Arc<Mutex<String>>,
+    reader: Option<JoinHandle<()>>,
+}
+
+impl Relay {
+    /// Starts `cdc-relay run` with further environment, and does not wait.
+    pub(crate) fn spawn(database: &Database, environment: &[(&str, &str)]) -> Self {
+        // Bound and let go: nothing else takes it in between on a machine of our own.
+        let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let mut child = command(database)
+            .arg("run")
+            .env("CDC_RELAY_HTTP__LISTEN", address.to_string())
+            .envs(environment.iter().copied())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let log = Arc::new(Mutex::new(String::new()));
+        let (lines, kept) = (BufReader::new(child.stderr.take().unwrap()).lines(), Arc::clone(&log));
+        let reader = std::thread::spawn(move || {
+            for line in lines.map_while(Result::ok) {
+                let mut log = kept.lock().unwrap();
+                log.push_str(&line);
+                log.push('\n');
+            }
+        });
+        Self { child, url: format!("http://{address}"), log, reader: Some(reader) }
+    }
+
+    /// Starts it and waits until it streams.
+    pub(crate) fn start(database: &Database, environment: &[(&str, &str)]) -> Self {
+        let mut relay = Self::spawn(database, environment);
+        relay.wait_for_state("streaming");
+        relay
+    }
+
+    pub(crate) fn wait_for_state(&mut self, state: &str) {
+        let said = format!("\"state\":\"{state}\"");
+        eventually(&format!("the relay is {state}; its log: {}", self.log()), || {
+            let ended = self.child.try_wait().unwrap();
+            assert!(ended.is_none(), "the relay ended by itself: {ended:?}\n{}", self.log());
+            self.get("/health/ready").filter(|body| body.contains(&said)).map(drop)
+        });
+    }
+
+    fn get(&self, path: &str) -> Option<String> {
+        let agent: ureq::Agent = ureq::Agent::config_builder().http_status_as_error(false).build().into();
+        agent.get(format!("{}{path}", self.url)).call().ok()?.body_mut().read_to_string().ok()
+    }
+
+    /// A metric without labels.
+    pub(crate) fn metric(&self, name: &str) -> Option<f64> {
+        let body = self.get("/metrics")?;
+        body.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(' ')?.parse().ok())
+    }
+
+    pub(crate) fn log(&self) -> String {
+        self.log.lock().unwrap().clone()
+    }
+
+    pub(crate) fn signal(&self, signal: rustix::process::Signal) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, signal).unwrap();
+    }
+
+    /// kill -9
+    pub(crate) fn kill(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// Waits until it ends by itself.
+    pub(crate) fn wait(&mut self) -> ExitStatus {
+        let status = eventually("the relay ends", || self.child.try_wait().unwrap());
+        // Its log is whole once its end has been read.
+        if let Some(reader) = self.reader.take() {
+            reader.join().unwrap();
+        }
+        status
+    }
+
+    /// SIGTERM, and waits for a clean end.
+    pub(crate) fn stop(mut self) {
+        self.signal(rustix::process::Signal::TERM);
+        let status = self.wait();
+        assert_eq!(status.code(), Some(0), "{}", self.log());
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!("--- the relay's log\n{}---", self.log());
+        }
+    }
+}
