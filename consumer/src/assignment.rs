@@ -37,7 +37,7 @@ struct Running {
     partition: Arc<Partition>,
     stop: Trigger,
     worker: JoinHandle<()>,
-    /// The offset that Kafka has confirmed, and the one that was sent last; -1 for none.
+    /// The offset that Kafka has confirmed; -1 for none.
     committed: i64,
 }
 
@@ -73,7 +73,10 @@ impl Assignment {
             let done = tokio::select! {
                 () = shutdown.requested() => break Ok(()),
                 Some(event) = self.events.recv() => self.on(event).await,
-                _ = commit.tick() => self.commit(),
+                _ = commit.tick() => {
+                    self.commit();
+                    Ok(())
+                }
                 _ = look.tick() => self.look(&probe),
             };
             if let Err(failure) = done {
@@ -155,17 +158,16 @@ impl Assignment {
     }
 
     /// Sends the offsets that have moved; the answer comes as an event.
-    fn commit(&self) -> Result<(), Failure> {
+    fn commit(&self) {
         let moved = uncommitted(self.running.values());
         if moved.is_empty() {
-            return Ok(());
+            return;
         }
         let sent = group::offsets(&moved).and_then(|list| self.consumer.commit(&list, CommitMode::Async));
         if let Err(error) = sent {
             self.shared.metrics.commit_failed();
             tracing::warn!(%error, "cannot send offsets; trying again at the next interval");
         }
-        Ok(())
     }
 
     async fn commit_and_wait(&self, moved: BTreeMap<PartitionId, i64>) -> Result<(), String> {

@@ -216,11 +216,17 @@ fn range(key: &str, value: u64, min: u64, max: u64) -> Result<(), Failure> {
 }
 
 fn check_postgres(config: &PostgresConfig) -> Result<PgConnectOptions, Failure> {
-    let options: PgConnectOptions = config.url.expose().parse().map_err(|e| {
-        Failure::configuration(format!("postgres.url is not a Postgres URL: {e}")).hint(
+    let bad = |why: String| {
+        Failure::configuration(format!("postgres.url is not a Postgres URL: {why}")).hint(
             "write it as postgres://USER@HOST:PORT/DATABASE; the password belongs into postgres.password",
         )
-    })?;
+    };
+    let url = config.url.expose();
+    // sqlx takes any scheme.
+    if !["postgres://", "postgresql://"].iter().any(|scheme| url.starts_with(scheme)) {
+        return Err(bad("it does not begin with postgres://".into()));
+    }
+    let options: PgConnectOptions = url.parse().map_err(|e: sqlx::Error| bad(e.to_string()))?;
     Ok(if config.password.is_empty() { options } else { options.password(config.password.expose()) })
 }
 

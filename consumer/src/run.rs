@@ -1,9 +1,12 @@
 //! One partition's loop: poll → step → commit. A batch is taken from the partition's queue, each record of it is
 //! applied or dead-lettered, and only then does the position move past them.
 
-use std::sync::{
-    Arc, Mutex, PoisonError,
-    atomic::{AtomicBool, AtomicI64, Ordering},
+use std::{
+    ops::Range,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicI64, Ordering},
+    },
 };
 
 use rdkafka::{
@@ -178,8 +181,11 @@ impl Worker {
         records: &[&'m BorrowedMessage<'m>],
         letters: &mut Vec<Letter<'m>>,
     ) -> Result<(), Abandoned> {
-        // The next part is at the end.
-        let mut parts = if events.is_empty() { vec![] } else { vec![0..events.len()] };
+        // Parts still to do; the next one is the last.
+        let mut parts: Vec<Range<usize>> = Vec::new();
+        if !events.is_empty() {
+            parts.push(0..events.len());
+        }
         while let Some(part) = parts.pop() {
             let (poison, attempts) = match self.attempt(&events[part.clone()], &records[part.clone()]).await?
             {

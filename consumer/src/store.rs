@@ -50,7 +50,7 @@ impl Store {
         loop {
             let error = match migrate(&options).await {
                 Ok(()) => break,
-                Err(e) => refusal(e, &options)?,
+                Err(e) => refusal(&e, &options)?,
             };
             if Instant::now() >= give_up {
                 return Err(Failure::new(
@@ -80,14 +80,12 @@ impl Store {
     /// Applies those of `events` that the group has not applied yet, all or none, and gives back their indices.
     pub(crate) async fn apply(&self, events: &[Event]) -> Result<Vec<usize>, Fault> {
         let mut connection = self.pool.acquire().await.map_err(|e| fault(&e))?;
-        match timeout(self.apply_timeout, self.apply_on(&mut connection, events)).await {
-            Ok(applied) => applied.map_err(|e| fault(&e)),
-            Err(_) => {
-                // Somewhere in the middle of the protocol: such a connection cannot go back to the others.
-                connection.close_on_drop();
-                Err(Fault::database(format!("no answer within {} s", self.apply_timeout.as_secs())))
-            }
+        if let Ok(applied) = timeout(self.apply_timeout, self.apply_on(&mut connection, events)).await {
+            return applied.map_err(|e| fault(&e));
         }
+        // Somewhere in the middle of the protocol: such a connection cannot go back to the others.
+        connection.close_on_drop();
+        Err(Fault::database(format!("no answer within {} s", self.apply_timeout.as_secs())))
     }
 
     async fn apply_on(&self, connection: &mut PgConnection, events: &[Event]) -> sqlx::Result<Vec<usize>> {
@@ -123,9 +121,9 @@ async fn migrate(options: &PgConnectOptions) -> Result<(), MigrateError> {
 }
 
 /// The failure that an error at the start is for good, or else its text.
-fn refusal(error: MigrateError, options: &PgConnectOptions) -> Result<String, Failure> {
+fn refusal(error: &MigrateError, options: &PgConnectOptions) -> Result<String, Failure> {
     let refused = |message: String, hint: String| Err(Failure::new(Kind::Refused, message).hint(hint));
-    let source = match &error {
+    let source = match error {
         MigrateError::Execute(e) | MigrateError::ExecuteMigration(e, _) => e,
         MigrateError::VersionMissing(_)
         | MigrateError::VersionMismatch(_)

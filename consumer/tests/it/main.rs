@@ -1,0 +1,14 @@
+//! The real binary on a real Postgres and a real Kafka, whose addresses come from `cargo xtask test`. Each test
+//! has a database, topics and a group of its own.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test fails by panicking; clippy knows test functions, not their helpers"
+)]
+
+mod delivery;
+mod group;
+mod outage;
+mod poison;
+mod stage;
+mod start;
