@@ -1,5 +1,5 @@
 //! Orders and what is true of them, apart from HTTP, JSON requests and SQL. Values are parsed once; whoever
-//! holds an [`Id`]-like newtype, a [`Currency`] or an [`Item`] holds a right one.
+//! holds an [`OrderId`], a [`Currency`] or an [`Item`] holds a right one.
 
 mod event;
 mod money;

@@ -4,7 +4,10 @@ use std::collections::HashSet;
 
 use serde_json::{Value, json};
 
-use crate::stage::{Stage, order};
+use crate::{
+    gate::Gate,
+    stage::{Stage, order},
+};
 
 #[test]
 fn an_order_is_taken_and_read_back() {
@@ -76,6 +79,25 @@ fn a_trace_context_that_is_not_one_is_left_out() {
     let headers = [("content-type", "application/json"), ("traceparent", "00-nonsense")];
     assert_eq!(service.send("POST", "/api/orders", &headers, &order().to_string()).status, 201);
     assert_eq!(stage.value("SELECT count(*) FROM outbox WHERE traceparent IS NULL"), "1");
+}
+
+#[test]
+fn an_order_is_one_round_trip_and_so_is_reading_it() {
+    let stage = Stage::new();
+    let gate = Gate::new(&stage.runtime, "127.0.0.1:0".parse().unwrap(), stage.postgres());
+    let mut config = stage.config(gate.address);
+    config.postgres.check_interval_ms = 60_000;
+    let service = stage.service_of(&config);
+    service.wait_ready();
+    // The first of each connects and prepares.
+    let place = service.post(&order()).header("location").to_owned();
+    assert_eq!(service.get(&place).status, 200);
+    let before = gate.sent();
+    for _ in 0..10 {
+        assert_eq!(service.post(&order()).status, 201);
+        assert_eq!(service.get(&place).status, 200);
+    }
+    assert_eq!(gate.sent() - before, 20);
 }
 
 #[test]

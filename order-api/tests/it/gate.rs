@@ -34,6 +34,7 @@ pub(crate) struct Gate {
     mode: watch::Sender<Mode>,
     to_lose: Arc<AtomicU32>,
     after: Arc<watch::Sender<Mode>>,
+    sent: Arc<AtomicU32>,
 }
 
 impl Gate {
@@ -44,7 +45,8 @@ impl Gate {
         let after = Arc::new(watch::channel(Mode::Open).0);
         let listener = runtime.block_on(TcpListener::bind(listen)).unwrap();
         let address = listener.local_addr().unwrap();
-        let shared = (mode.clone(), Arc::clone(&to_lose), Arc::clone(&after));
+        let sent = Arc::new(AtomicU32::new(0));
+        let shared = (mode.clone(), Arc::clone(&to_lose), Arc::clone(&after), Arc::clone(&sent));
         runtime.spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
                 if *modes.borrow() == Mode::Shut {
@@ -57,7 +59,12 @@ impl Gate {
                 });
             }
         });
-        Self { address, mode, to_lose, after }
+        Self { address, mode, to_lose, after, sent }
+    }
+
+    /// How many times a client has sent something: the round trips so far.
+    pub(crate) fn sent(&self) -> u32 {
+        self.sent.load(Ordering::SeqCst)
     }
 
     pub(crate) fn set(&self, mode: Mode) {
@@ -72,10 +79,10 @@ impl Gate {
     }
 }
 
-type Shared = (watch::Sender<Mode>, Arc<AtomicU32>, Arc<watch::Sender<Mode>>);
+type Shared = (watch::Sender<Mode>, Arc<AtomicU32>, Arc<watch::Sender<Mode>>, Arc<AtomicU32>);
 
 async fn forward(client: TcpStream, server: TcpStream, mut modes: watch::Receiver<Mode>, shared: Shared) {
-    let (mode, to_lose, after) = shared;
+    let (mode, to_lose, after, sent) = shared;
     let (mut from_client, mut to_client) = client.into_split();
     let (mut from_server, mut to_server) = server.into_split();
     let (mut up, mut down) = (vec![0; 65536], vec![0; 65536]);
@@ -97,7 +104,10 @@ async fn forward(client: TcpStream, server: TcpStream, mut modes: watch::Receive
             biased;
             changed = modes.changed() => if changed.is_err() { return },
             read = from_client.read(&mut up) => match read {
-                Ok(n) if n > 0 => if to_server.write_all(&up[..n]).await.is_err() { return },
+                Ok(n) if n > 0 => {
+                    sent.fetch_add(1, Ordering::SeqCst);
+                    if to_server.write_all(&up[..n]).await.is_err() { return }
+                }
                 _ => return,
             },
             read = from_server.read(&mut down) => match read {
