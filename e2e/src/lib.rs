@@ -1,1 +1,1 @@
-
+//! The whole system, tested from outside as a user sees it: see `tests/`.

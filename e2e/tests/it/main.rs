@@ -1,0 +1,11 @@
+//! The whole system under real Postgres and real Kafka: started by `cargo xtask up`, driven over HTTP, looked at
+//! in Postgres and Kafka. Run by `cargo xtask test`, which builds what is started here.
+
+// A test that cannot go on fails where it stands.
+#![allow(clippy::unwrap_used)]
+
+mod flow;
+mod kills;
+mod outage;
+mod stack;
+mod views;
