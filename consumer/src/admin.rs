@@ -1,10 +1,7 @@
 //! What an operator sees: metrics, health, and the probe that asks database and brokers how they are.
 
 use std::{
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Mutex, PoisonError, atomic::Ordering},
     time::Duration,
 };
 
@@ -18,8 +15,11 @@ use prometheus_client::{
     },
     registry::{Registry, Unit},
 };
-use rdkafka::consumer::Consumer;
-use service::Health;
+use rdkafka::consumer::{Consumer, RebalanceProtocol};
+use service::{
+    Health,
+    shutdown::{Shutdown, Trigger},
+};
 use tokio::{task::JoinHandle, time::sleep};
 
 use crate::{
@@ -84,6 +84,12 @@ impl Metrics {
             // 1 ms to 131 s.
             latency: Histogram::new(exponential_buckets(0.001, 2.0, 18)),
         };
+        for reason in Reason::ALL {
+            drop(metrics.dead_lettered.get_or_create(&ReasonLabel { reason: reason.as_str() }));
+        }
+        for cause in Cause::ALL {
+            drop(metrics.retried.get_or_create(&CauseLabel { cause: cause.as_str() }));
+        }
         let m = metrics.clone();
         registry.register("processed", "Events applied, by type", m.processed);
         registry.register(
@@ -149,7 +155,7 @@ impl Metrics {
     /// What the partitions of this instance look like now.
     pub(crate) fn partitions(&self, partitions: &[Arc<Partition>]) {
         self.assigned.set(i64::try_from(partitions.len()).unwrap_or(i64::MAX));
-        for cause in [Cause::Database, Cause::DeadLetterTopic, Cause::Kafka] {
+        for cause in Cause::ALL {
             let count = partitions.iter().filter(|p| p.waiting().is_some_and(|(c, _)| c == cause)).count();
             let gauge = self.waiting.get_or_create(&CauseLabel { cause: cause.as_str() });
             gauge.set(i64::try_from(count).unwrap_or(i64::MAX));
@@ -189,12 +195,13 @@ pub(crate) fn report(health: &Health, now: &Situation<'_>) {
         health.not_ready(&format!("waiting_for_{}", cause.as_str()), format!("{topic}/{partition}: {error}"));
     } else if let Some(error) = &now.database {
         health.not_ready("waiting_for_database", error);
+    } else if !now.joined {
+        // A topic that does not exist, say, or a broker that does not answer.
+        health.not_ready("joining", now.kafka.clone().unwrap_or_default());
     } else if let Some(error) = &now.kafka {
         health.not_ready("waiting_for_kafka", error);
-    } else if now.joined {
-        health.ready("consuming");
     } else {
-        health.not_ready("joining", "");
+        health.ready("consuming");
     }
 }
 
@@ -202,32 +209,36 @@ pub(crate) fn report(health: &Health, now: &Situation<'_>) {
 pub(crate) struct Probe {
     seen: Arc<Seen>,
     task: JoinHandle<()>,
+    stop: Trigger,
 }
 
 #[derive(Default)]
 struct Seen {
     database: Mutex<Option<String>>,
     partitions: Mutex<Vec<Arc<Partition>>>,
-    stop: AtomicBool,
 }
 
 impl Probe {
     pub(crate) fn start(shared: Arc<Shared>, consumer: Arc<GroupConsumer>) -> Self {
         let seen = Arc::new(Seen::default());
+        let (stop, stopped) = Shutdown::manual();
         let task = tokio::spawn({
             let seen = seen.clone();
             async move {
-                loop {
+                while !stopped.is_requested() {
                     let error = shared.store.ping().await.err();
                     *seen.database.lock().unwrap_or_else(PoisonError::into_inner) = error;
-                    let (seen, consumer) = (seen.clone(), consumer.clone());
+                    let (seen, consumer, stop) = (seen.clone(), consumer.clone(), stopped.clone());
                     // Fails only if it panicked or the runtime ends.
-                    drop(tokio::task::spawn_blocking(move || ask_brokers(&seen, &consumer)).await);
-                    sleep(PROBE_EVERY).await;
+                    drop(tokio::task::spawn_blocking(move || ask_brokers(&seen, &consumer, &stop)).await);
+                    tokio::select! {
+                        () = sleep(PROBE_EVERY) => {}
+                        () = stopped.requested() => {}
+                    }
                 }
             }
         });
-        Self { seen, task }
+        Self { seen, task, stop }
     }
 
     /// Why the database does not answer, if it does not.
@@ -240,19 +251,20 @@ impl Probe {
         *self.seen.partitions.lock().unwrap_or_else(PoisonError::into_inner) = partitions;
     }
 
-    /// Asks no more.
-    pub(crate) fn stop(&self) {
-        self.seen.stop.store(true, Ordering::SeqCst);
-        self.task.abort();
+    /// Asks no more; the task ends once the question under way is answered, and lets the consumer go.
+    pub(crate) fn stop(self) -> JoinHandle<()> {
+        self.stop.request();
+        self.task
     }
 }
 
-fn ask_brokers(seen: &Seen, consumer: &GroupConsumer) {
+fn ask_brokers(seen: &Seen, consumer: &GroupConsumer, stop: &Shutdown) {
     let partitions = seen.partitions.lock().unwrap_or_else(PoisonError::into_inner).clone();
     let had_error = consumer.context().last_error().is_some();
-    let mut answered = !partitions.is_empty();
+    let none = partitions.is_empty();
+    let mut answered = !none;
     for partition in partitions {
-        if seen.stop.load(Ordering::SeqCst) {
+        if stop.is_requested() {
             return;
         }
         let (topic, number) = &partition.id;
@@ -261,8 +273,13 @@ fn ask_brokers(seen: &Seen, consumer: &GroupConsumer) {
             Err(_) => answered = false,
         }
     }
-    // Nothing assigned, or something wrong before: only an answer from a broker clears an error.
-    if had_error && (answered || consumer.fetch_metadata(None, BROKER_TIMEOUT).is_ok()) {
+    // A member without partitions has nobody to ask about them; one who has not joined keeps its error, which
+    // says why.
+    let idle = || {
+        matches!(consumer.rebalance_protocol(), RebalanceProtocol::Cooperative)
+            && consumer.fetch_metadata(None, BROKER_TIMEOUT).is_ok()
+    };
+    if had_error && (answered || (none && idle())) {
         consumer.context().forget_error();
     }
 }

@@ -7,7 +7,10 @@ use std::{
     time::Duration,
 };
 
-use rdkafka::consumer::{CommitMode, Consumer, RebalanceProtocol};
+use rdkafka::{
+    consumer::{CommitMode, Consumer, RebalanceProtocol},
+    error::KafkaResult,
+};
 use service::{
     Failure, Health,
     exit::Kind,
@@ -49,7 +52,12 @@ pub(crate) struct Assignment {
     shared: Arc<Shared>,
     health: Health,
     running: HashMap<PartitionId, Running>,
+    /// The commit under way or last sent.
+    committing: Option<JoinHandle<KafkaResult<Positions>>>,
 }
+
+/// Offsets by partition.
+type Positions = BTreeMap<PartitionId, i64>;
 
 impl Assignment {
     pub(crate) fn new(
@@ -59,7 +67,7 @@ impl Assignment {
         health: Health,
     ) -> Result<Self, Failure> {
         let listener = Listener::start(consumer.clone())?;
-        Ok(Self { consumer, events, listener, shared, health, running: HashMap::new() })
+        Ok(Self { consumer, events, listener, shared, health, running: HashMap::new(), committing: None })
     }
 
     /// Consumes until asked to stop, then drains.
@@ -74,7 +82,7 @@ impl Assignment {
                 () = shutdown.requested() => break Ok(()),
                 Some(event) = self.events.recv() => self.on(event).await,
                 _ = commit.tick() => {
-                    self.commit();
+                    self.commit().await;
                     Ok(())
                 }
                 _ = look.tick() => self.look(&probe),
@@ -83,9 +91,8 @@ impl Assignment {
                 break Err(failure);
             }
         };
-        probe.stop();
         self.health.not_ready("draining", "");
-        let drained = self.drain().await;
+        let drained = self.drain(probe).await;
         outcome.and(drained)
     }
 
@@ -93,19 +100,6 @@ impl Assignment {
         match event {
             GroupEvent::Assigned(ids) => self.assigned(&ids),
             GroupEvent::Revoked(ids) => self.revoked(&ids).await,
-            GroupEvent::Committed(offsets) => {
-                for (id, offset) in offsets {
-                    if let Some(running) = self.running.get_mut(&id) {
-                        running.committed = running.committed.max(offset);
-                    }
-                }
-                Ok(())
-            }
-            GroupEvent::CommitFailed(error) => {
-                self.shared.metrics.commit_failed();
-                tracing::warn!(error, "committing offsets failed; trying again at the next interval");
-                Ok(())
-            }
             GroupEvent::Fatal(failure) => Err(failure),
         }
     }
@@ -157,28 +151,46 @@ impl Assignment {
             .map_err(|e| Failure::new(Kind::Internal, format!("cannot give partitions away: {e}")))
     }
 
-    /// Sends the offsets that have moved; the answer comes as an event.
-    fn commit(&self) {
-        let moved = uncommitted(self.running.values());
-        if moved.is_empty() {
+    /// Sends the offsets that have moved, one request at a time, and takes note of the last one's answer.
+    ///
+    /// The client's synchronous commit on another thread, because its asynchronous one never tells the outcome.
+    async fn commit(&mut self) {
+        if self.committing.as_ref().is_some_and(|c| !c.is_finished()) {
             return;
         }
-        let sent = group::offsets(&moved).and_then(|list| self.consumer.commit(&list, CommitMode::Async));
-        if let Err(error) = sent {
-            self.shared.metrics.commit_failed();
-            tracing::warn!(%error, "cannot send offsets; trying again at the next interval");
+        if let Some(committing) = self.committing.take()
+            && let Ok(outcome) = committing.await
+        {
+            self.committed(outcome);
+        }
+        let moved = uncommitted(self.running.values());
+        if !moved.is_empty() {
+            self.committing = Some(send(self.consumer.clone(), moved));
         }
     }
 
-    async fn commit_and_wait(&self, moved: BTreeMap<PartitionId, i64>) -> Result<(), String> {
+    fn committed(&mut self, outcome: KafkaResult<Positions>) {
+        match outcome {
+            Ok(positions) => {
+                for (id, offset) in positions {
+                    if let Some(running) = self.running.get_mut(&id) {
+                        running.committed = running.committed.max(offset);
+                    }
+                }
+            }
+            Err(error) => {
+                self.shared.metrics.commit_failed();
+                self.consumer.context().commit_failed(&error);
+            }
+        }
+    }
+
+    async fn commit_and_wait(&self, moved: Positions) -> Result<(), String> {
         if moved.is_empty() {
             return Ok(());
         }
-        let list = group::offsets(&moved).map_err(|e| e.to_string())?;
-        let consumer = self.consumer.clone();
-        let commit = tokio::task::spawn_blocking(move || consumer.commit(&list, CommitMode::Sync));
-        match timeout(COMMIT_TIMEOUT, commit).await {
-            Ok(Ok(done)) => done.map_err(|e| e.to_string()),
+        match timeout(COMMIT_TIMEOUT, send(self.consumer.clone(), moved)).await {
+            Ok(Ok(outcome)) => outcome.map(drop).map_err(|e| e.to_string()),
             Ok(Err(e)) => Err(e.to_string()),
             Err(_) => Err(format!("no answer from Kafka within {} s", COMMIT_TIMEOUT.as_secs())),
         }
@@ -207,28 +219,36 @@ impl Assignment {
     }
 
     /// Ends all work, commits it, leaves the group; each step within its bound.
-    async fn drain(mut self) -> Result<(), Failure> {
+    async fn drain(mut self, probe: Probe) -> Result<(), Failure> {
+        let probe = probe.stop();
         let running: Vec<Running> = self.running.drain().map(|(_, r)| r).collect();
         let ended = stop(running, self.shared.limits.drain_timeout).await;
         let committed = self.commit_and_wait(uncommitted(ended.iter())).await;
         drop(ended);
-        let Self { consumer, mut events, listener, .. } = self;
+        let Self { consumer, mut events, listener, committing, .. } = self;
         consumer.context().close();
         events.close();
-        let closing = tokio::task::spawn_blocking(move || {
+        let close = move || {
             listener.stop();
             // A rebalance that nobody has answered yet would hold up the leaving.
             while let Ok(event) = events.try_recv() {
                 let answered = match event {
                     GroupEvent::Assigned(ids) => consumer.incremental_assign(&group::list(&ids)),
                     GroupEvent::Revoked(ids) => consumer.incremental_unassign(&group::list(&ids)),
-                    _ => Ok(()),
+                    GroupEvent::Fatal(_) => Ok(()),
                 };
                 drop(answered);
             }
-            // The last one to hold the consumer leaves the group.
+            // The last one to hold the consumer leaves the group: that is us, the others have ended.
             drop(consumer);
-        });
+        };
+        let closing = async {
+            if let Some(committing) = committing {
+                drop(committing.await);
+            }
+            drop(probe.await);
+            tokio::task::spawn_blocking(close).await
+        };
         let left = timeout(CLOSE_TIMEOUT, closing).await.is_ok();
         match (committed, left) {
             (Ok(()), true) => Ok(()),
@@ -245,8 +265,16 @@ impl Assignment {
     }
 }
 
+/// Commits on a thread where it may block, and gives the offsets back once Kafka has confirmed them.
+fn send(consumer: Arc<GroupConsumer>, moved: Positions) -> JoinHandle<KafkaResult<Positions>> {
+    tokio::task::spawn_blocking(move || {
+        consumer.commit(&group::offsets(&moved)?, CommitMode::Sync)?;
+        Ok(moved)
+    })
+}
+
 /// Offsets that Kafka has not confirmed yet.
-fn uncommitted<'a>(running: impl Iterator<Item = &'a Running>) -> BTreeMap<PartitionId, i64> {
+fn uncommitted<'a>(running: impl Iterator<Item = &'a Running>) -> Positions {
     running
         .filter_map(|r| {
             let position = r.partition.position().filter(|p| *p > r.committed)?;

@@ -34,6 +34,21 @@ pub(crate) enum Reason {
 }
 
 impl Reason {
+    /// All of them: a metric that is there before its first case can be watched.
+    pub(crate) const ALL: [Self; 11] = [
+        Self::NoKey,
+        Self::NoValue,
+        Self::NotJson,
+        Self::UnknownType,
+        Self::MissingField,
+        Self::WrongType,
+        Self::BadValue,
+        Self::UnsupportedSchema,
+        Self::NulCharacter,
+        Self::KeyMismatch,
+        Self::DatabaseRefused,
+    ];
+
     /// The word in the header and the label.
     pub(crate) fn as_str(self) -> &'static str {
         match self {
@@ -84,6 +99,9 @@ pub(crate) enum Cause {
 }
 
 impl Cause {
+    /// All of them.
+    pub(crate) const ALL: [Self; 3] = [Self::Database, Self::DeadLetterTopic, Self::Kafka];
+
     /// The word in the label.
     pub(crate) fn as_str(self) -> &'static str {
         match self {

@@ -33,8 +33,8 @@ pub(crate) type PartitionId = (String, i32);
 /// Our consumer.
 pub(crate) type GroupConsumer = BaseConsumer<Context>;
 
-/// Events that may wait to be handled. There is one at a time, besides the answers to commits.
-const EVENTS_MAX: usize = 64;
+/// Events that may wait to be handled. The group waits for our answer to each, so there is rarely more than one.
+const EVENTS_MAX: usize = 8;
 /// How long the thread waits for an event before it looks whether it should stop.
 const POLL: Duration = Duration::from_millis(100);
 
@@ -45,10 +45,6 @@ pub(crate) enum GroupEvent {
     Assigned(Vec<PartitionId>),
     /// These go to others; the group waits for our `incremental_unassign`.
     Revoked(Vec<PartitionId>),
-    /// These offsets are committed.
-    Committed(Vec<(PartitionId, i64)>),
-    /// A commit failed.
-    CommitFailed(String),
     /// The client cannot go on.
     Fatal(Failure),
 }
@@ -72,6 +68,11 @@ impl Context {
     /// The last error of the client as a whole since the last call of [`Self::forget_error`].
     pub(crate) fn last_error(&self) -> Option<String> {
         self.last_error.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Tells a failed commit, without the noise.
+    pub(crate) fn commit_failed(&self, error: &KafkaError) {
+        self.noise.error(error, "committing offsets failed; trying again at the next interval");
     }
 
     /// All is well again.
@@ -108,24 +109,6 @@ impl ConsumerContext for Context {
         if let Err(error) = done {
             tracing::debug!(%error, "a rebalance while closing");
         }
-    }
-
-    fn commit_callback(&self, result: KafkaResult<()>, offsets: &TopicPartitionList) {
-        let event = match result {
-            Ok(()) => GroupEvent::Committed(
-                offsets
-                    .elements()
-                    .iter()
-                    .filter(|e| e.error().is_ok())
-                    .filter_map(|e| Some(((e.topic().to_owned(), e.partition()), e.offset().to_raw()?)))
-                    .collect(),
-            ),
-            // Nothing to commit.
-            Err(KafkaError::ConsumerCommit(RDKafkaErrorCode::NoOffset)) => return,
-            Err(e) => GroupEvent::CommitFailed(e.to_string()),
-        };
-        // An answer that finds no room is as good as none: the offset is committed again at the next interval.
-        drop(self.events.try_send(event));
     }
 }
 
@@ -232,7 +215,7 @@ pub(crate) fn join(kafka: &KafkaConfig) -> Result<(Arc<GroupConsumer>, mpsc::Rec
     Ok((Arc::new(consumer), receiver))
 }
 
-/// Listens to the group until told to stop: rebalances, answers to commits, errors.
+/// Listens to the group until told to stop: rebalances and errors.
 pub(crate) struct Listener {
     stop: Arc<AtomicBool>,
     thread: JoinHandle<()>,

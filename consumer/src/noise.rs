@@ -14,7 +14,7 @@ const EVERY: Duration = Duration::from_secs(30);
 /// Tells each kind of error once in a while, with the number of those it kept to itself.
 pub(crate) struct Noise {
     client: &'static str,
-    // By error code, of which there are a few hundred at most.
+    // By error code or log facility, of which there are a few hundred at most.
     told: Mutex<HashMap<String, (Instant, u64)>>,
 }
 
@@ -26,16 +26,17 @@ impl Noise {
 
     /// A log line of librdkafka's.
     pub(crate) fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        use RDKafkaLogLevel::{Alert, Critical, Emerg, Error, Info, Notice, Warning};
         let client = self.client;
         match level {
             // These come once more as errors, with a code to count them by.
             _ if matches!(facility, "FAIL" | "ERROR") => tracing::debug!(client, facility, message),
-            RDKafkaLogLevel::Emerg
-            | RDKafkaLogLevel::Alert
-            | RDKafkaLogLevel::Critical
-            | RDKafkaLogLevel::Error
-            | RDKafkaLogLevel::Warning => tracing::warn!(client, facility, message),
-            RDKafkaLogLevel::Notice | RDKafkaLogLevel::Info => tracing::info!(client, facility, message),
+            Emerg | Alert | Critical | Error | Warning => {
+                if let Some(kept_back) = self.may_tell(facility, Instant::now()) {
+                    tracing::warn!(client, facility, message, kept_back);
+                }
+            }
+            Notice | Info => tracing::info!(client, facility, message),
             RDKafkaLogLevel::Debug => tracing::debug!(client, facility, message),
         }
     }

@@ -115,6 +115,8 @@ impl Store {
 async fn migrate(options: &PgConnectOptions) -> Result<(), MigrateError> {
     let connecting = timeout(CONNECT_TIMEOUT, PgConnection::connect_with(options));
     let mut connection = connecting.await.map_err(|_| sqlx::Error::PoolTimedOut)??;
+    // Or every start tells that the migrator's own table is there already.
+    sqlx::query("SET client_min_messages = warning").execute(&mut connection).await?;
     MIGRATIONS.run_direct(None, &mut connection, false).await?;
     connection.close().await?;
     Ok(())

@@ -132,10 +132,15 @@ impl Stage {
 
     /// A consumer with this stage's settings, not started yet.
     pub(crate) fn command(&self, handler: &str) -> Command {
+        self.command_on(handler, &self.topic)
+    }
+
+    /// The same on another topic.
+    pub(crate) fn command_on(&self, handler: &str, topic: &str) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_consumer"));
         command
             .args(["--handler", handler, "--listen", "127.0.0.1:0", "--group", &self.name])
-            .args(["--brokers", &self.brokers, "--topics", &self.topic])
+            .args(["--brokers", &self.brokers, "--topics", topic])
             .env("CONSUMER_POSTGRES__URL", self.url())
             .env("CONSUMER_CONSUMER__RETRY_FIRST_MS", "50")
             .env("CONSUMER_CONSUMER__RETRY_MAX_MS", "500")

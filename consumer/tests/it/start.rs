@@ -2,9 +2,10 @@
 
 use std::process::{Command, Output};
 
+use rdkafka::admin::AdminOptions;
 use sqlx::{AssertSqlSafe, ConnectOptions};
 
-use crate::stage::{Stage, on_stage};
+use crate::stage::{Stage, eventually, on_stage};
 
 /// Runs a command to its end.
 async fn output(mut command: Command) -> (Option<i32>, String) {
@@ -90,4 +91,21 @@ fn the_printed_example_is_a_configuration() {
         .output()
         .unwrap();
     assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stderr));
+}
+
+#[test]
+fn a_topic_that_does_not_exist_yet_is_named_and_found_once_it_does() {
+    on_stage(1, async |stage| {
+        let late = format!("{}-late", stage.topic);
+        let command = stage.command_on("pharmacy", &late);
+        let consumer = stage.spawn(command).await;
+        eventually("the topic is named", async || {
+            consumer.until_state("joining").await.contains(&late).then_some(())
+        })
+        .await;
+        stage.create_topic(&late).await;
+        consumer.until_ready().await;
+        drop(consumer);
+        stage.admin().delete_topics(&[&late], &AdminOptions::new()).await.unwrap();
+    });
 }
