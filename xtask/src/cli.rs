@@ -74,8 +74,8 @@ pub(crate) struct Up {
     /// Wipe the data first (downloads are kept)
     #[arg(long)]
     pub fresh: bool,
-    /// Take the services' binaries as they are
-    #[arg(long)]
+    /// Take the services' binaries as they are (`cargo xtask test` sets this for the stacks of tests)
+    #[arg(long, env = NO_BUILD)]
     pub no_build: bool,
     /// We are the supervisor that `--detach` started
     #[arg(long, hide = true)]
@@ -141,6 +141,9 @@ pub(crate) enum Ports {
     Fixed,
     Auto,
 }
+
+/// The environment's form of `--no-build`.
+pub(crate) const NO_BUILD: &str = "XTASK_NO_BUILD";
 
 /// The most instances of one service: a limit against typing errors, not of the services.
 pub(crate) const INSTANCES_MAX: u16 = 16;

@@ -65,6 +65,7 @@ impl Desk {
                 log: spec.log.clone(),
                 restarts: 0,
             });
+            state.processes.sort_by_key(|entry| entry.layer);
         })
     }
 

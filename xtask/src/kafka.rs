@@ -1,4 +1,4 @@
-//! Kafka: brokers in KRaft combined mode (each is broker and controller).
+//! Kafka: brokers in `KRaft` combined mode (each is broker and controller).
 
 use std::{
     fs,
@@ -147,6 +147,15 @@ impl Kafka<'_> {
             grace: Duration::from_secs(20),
         }
     }
+}
+
+/// The version, from the name of Kafka's own jar.
+pub(crate) fn version(jars: &Path) -> String {
+    let names = fs::read_dir(jars).into_iter().flatten().filter_map(std::result::Result::ok);
+    let mut names = names.filter_map(|entry| entry.file_name().into_string().ok());
+    names
+        .find_map(|name| Some(name.strip_prefix("kafka_2.13-")?.strip_suffix(".jar")?.to_owned()))
+        .unwrap_or_default()
 }
 
 /// How often each partition is replicated.

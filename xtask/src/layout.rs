@@ -133,12 +133,11 @@ fn settle(path: &Path, user: Option<User>) -> Result<PathBuf> {
     let path = parent.join(path.file_name().unwrap_or_default());
     let absent = fs::symlink_metadata(&path).is_err();
     if absent {
-        match user.and_then(|user| barrier(&parent, user)) {
-            None => fs::create_dir(&path).explain(|| format!("create {}", path.display()))?,
-            Some(_) => {
-                let away = substitute(&path)?;
-                symlink(&away, &path).explain(|| format!("link {} to {}", path.display(), away.display()))?;
-            }
+        if user.and_then(|user| barrier(&parent, user)).is_none() {
+            fs::create_dir(&path).explain(|| format!("create {}", path.display()))?;
+        } else {
+            let away = substitute(&path)?;
+            symlink(&away, &path).explain(|| format!("link {} to {}", path.display(), away.display()))?;
         }
     } else if fs::metadata(&path).is_err() {
         // A link of ours whose target was cleaned away.

@@ -1,7 +1,7 @@
 //! Printing, following and quoting the processes' logs.
 
 use std::{
-    fs::{self, File},
+    fs::{self, File, OpenOptions},
     io::{self, Read, Seek, SeekFrom, Write},
     path::{Path, PathBuf},
     time::Duration,
@@ -18,14 +18,18 @@ use crate::{
 const TAIL_LINES: usize = 20;
 /// How far from the end of a log lines are looked for. Bytes.
 const TAIL_BYTES: u64 = 1 << 20;
+/// A log that grows beyond this while its process runs becomes `NAME.log.1`. Bytes.
+const LOG_BYTES_MAX: u64 = 64 << 20;
+/// How often the lengths of the logs are looked at.
+const LENGTH_INTERVAL: Duration = Duration::from_secs(10);
 /// How often a log is looked at for more.
 const FOLLOW_INTERVAL: Duration = Duration::from_millis(100);
 
 /// The same failure with the end of a log.
 pub(crate) fn with_tail(failure: Failure, log: &Path) -> Failure {
     let lines = tail(log, TAIL_LINES);
-    let quoted: String = lines.iter().map(|line| format!("  | {line}\n")).collect();
-    failure.hint(format!("the end of {}:\n{}", log.display(), quoted.trim_end()))
+    let quoted: Vec<String> = lines.iter().map(|line| format!("  | {line}")).collect();
+    failure.hint(format!("the end of {}:\n{}", log.display(), quoted.join("\n")))
 }
 
 /// The last lines of a log.
@@ -40,6 +44,24 @@ pub(crate) fn tail(log: &Path, lines: usize) -> Vec<String> {
     let text = String::from_utf8_lossy(&bytes);
     let all: Vec<&str> = text.lines().collect();
     all[all.len().saturating_sub(lines)..].iter().map(|&line| line.to_owned()).collect()
+}
+
+/// Empties logs that have grown too long, after putting a copy aside. The processes hold them open for appending,
+/// so they go on at the beginning; what they write between the copy and the cut is lost.
+pub(crate) async fn keep_bounded(logs: Vec<PathBuf>) {
+    loop {
+        tokio::time::sleep(LENGTH_INTERVAL).await;
+        for log in logs.iter().filter(|log| fs::metadata(log).is_ok_and(|meta| meta.len() > LOG_BYTES_MAX)) {
+            let log = log.clone();
+            // Out of the supervisor's way. If it fails, the next round tries again.
+            let _ = tokio::task::spawn_blocking(move || cut(&log)).await;
+        }
+    }
+}
+
+fn cut(log: &Path) -> io::Result<()> {
+    fs::copy(log, log.with_extension("log.1"))?;
+    OpenOptions::new().write(true).open(log)?.set_len(0)
 }
 
 /// `cargo xtask logs`.
@@ -158,6 +180,12 @@ mod tests {
         assert_eq!(tail(&path, 5), ["new"]);
         fs::write(&path, "a\nb\nc\n").unwrap();
         assert_eq!(tail(&path, 2), ["b", "c"]);
+        let mut writer = OpenOptions::new().append(true).open(&path).unwrap();
+        cut(&path).unwrap();
+        writer.write_all(b"d\n").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"d\n");
+        assert_eq!(fs::read(path.with_extension("log.1")).unwrap(), b"a\nb\nc\n");
+        fs::remove_file(path.with_extension("log.1")).unwrap();
         fs::remove_file(&path).unwrap();
     }
 }

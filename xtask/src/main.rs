@@ -53,7 +53,7 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            eprintln!("xtask: {failure}");
+            eprintln!("{}{failure}", up::FAILED);
             ExitCode::FAILURE
         }
     }
@@ -77,8 +77,8 @@ async fn restart(args: &One) -> Result<()> {
     let state = state::running(&layout)?;
     let known =
         state.processes.iter().find(|entry| entry.name == args.service || entry.service == args.service);
-    if let Some(package) = known.and_then(|entry| services::package(&entry.service)) {
-        services::build(&layout, &Progress::new(None), &[package])?;
+    if known.is_some_and(|entry| services::package(&entry.service).is_some()) {
+        services::build(&layout, &Progress::new(None))?;
     }
     tell(args, Order::Restart).await
 }

@@ -262,7 +262,7 @@ mod tests {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let port = listener.local_addr().unwrap().port();
         assert!(!is_free(port));
-        if std::path::Path::new("/proc/net/tcp").exists() {
+        if Path::new("/proc/net/tcp").exists() {
             assert_eq!(owner(port).unwrap().0, std::process::id());
         }
     }

@@ -187,10 +187,9 @@ fn stack_conf(port: u16, sockets: &Path, settings: &[(String, String)]) -> Strin
         ("log_timezone", "UTC".to_owned()),
     ];
     let given = settings.iter().map(|(name, value)| (name.as_str(), value.clone()));
-    own.into_iter()
-        .chain(given)
-        .map(|(name, value)| format!("{name} = '{}'\n", value.replace('\\', "\\\\").replace('\'', "''")))
-        .collect()
+    let quoted = |value: String| value.replace('\\', "\\\\").replace('\'', "''");
+    let lines = own.into_iter().chain(given).map(|(name, value)| format!("{name} = '{}'", quoted(value)));
+    lines.collect::<Vec<_>>().join("\n") + "\n"
 }
 
 /// How to run it.
@@ -263,9 +262,9 @@ pub(crate) async fn clear_remains(cluster: &Path) {
     let until = tokio::time::Instant::now() + ORPHANS_LIMIT;
     while !inhabitants(cluster).is_empty() {
         if tokio::time::Instant::now() > until {
-            inhabitants(cluster).into_iter().for_each(|pid| {
+            for pid in inhabitants(cluster) {
                 identity::send(pid, Signal::KILL);
-            });
+            }
         }
         tokio::time::sleep(LOOK_INTERVAL).await;
     }

@@ -21,8 +21,9 @@ use crate::{
 /// How long a service may take to drain.
 const GRACE: Duration = Duration::from_secs(20);
 
-/// The packages of the services.
-pub(crate) const PACKAGES: [&str; 3] = ["order-api", "cdc-relay", "consumer"];
+/// The packages of the services, and this one: its manifest names every feature of every dependency that any
+/// build of the workspace wants, so that whatever is built together with it compiles each dependency once.
+const PACKAGES: [&str; 4] = ["order-api", "cdc-relay", "consumer", "xtask"];
 
 /// The package that a service is built from; nothing for Postgres and Kafka.
 pub(crate) fn package(service: &str) -> Option<&'static str> {
@@ -34,11 +35,11 @@ pub(crate) fn package(service: &str) -> Option<&'static str> {
     }
 }
 
-/// Builds packages, with cargo's own progress on the terminal.
-pub(crate) fn build(layout: &Layout, progress: &Progress, packages: &[&str]) -> Result<()> {
+/// Builds the services, with cargo's own progress on the terminal.
+pub(crate) fn build(layout: &Layout, progress: &Progress) -> Result<()> {
     let mut cargo = cargo(layout)?;
-    cargo.args(["build", "--release"]).args(packages.iter().flat_map(|package| ["-p", package]));
-    progress.line(&format!("  building {} (the first time takes minutes)", packages.join(", ")));
+    cargo.args(["build", "--release"]).args(PACKAGES.iter().flat_map(|package| ["-p", package]));
+    progress.line(&format!("  building {} (the first time takes minutes)", PACKAGES[..3].join(", ")));
     let since = std::time::Instant::now();
     let status = cargo.stdin(Stdio::null()).status().explain(|| "start cargo".to_owned())?;
     if !status.success() {

@@ -16,7 +16,7 @@ use crate::{
     kafka::{self, Kafka},
     keeper::Order,
     layout::Layout,
-    maven,
+    logs, maven,
     ports::{self, Ports},
     postgres::{self, Installation},
     prerequisites,
@@ -113,8 +113,10 @@ impl Stack {
     /// Takes commands until it is told to stop.
     pub(crate) async fn run(&mut self) -> Result<()> {
         let serve = control::serve(&self.desk, &self.crew);
+        let logs = self.desk.state().processes.into_iter().map(|entry| entry.log).collect();
         tokio::select! {
             result = serve => result,
+            () = logs::keep_bounded(logs) => Ok(()),
             () = self.interrupts.next() => Ok(()),
         }
     }
@@ -199,6 +201,7 @@ async fn start_postgres(
 async fn start_kafka(desk: &Desk, crew: &Crew, ports: &Ports) -> Result<()> {
     let (layout, progress) = (&desk.layout, &desk.progress);
     let jars = maven::kafka(layout, progress)?;
+    let version = kafka::version(&jars);
     let wanted = topics::read(&layout.root)?;
     let step = progress.step("starting Kafka");
     let broker = Kafka { layout, java: prerequisites::java()?, jars, ports };
@@ -210,7 +213,7 @@ async fn start_kafka(desk: &Desk, crew: &Crew, ports: &Ports) -> Result<()> {
         crew.ready(&format!("kafka-{id}")).await?;
     }
     let bootstrap = crate::endpoints::bootstrap(&ports.kafka);
-    step.done(&format!("kafka ready on {bootstrap}"));
+    step.done(&format!("kafka {version} ready on {bootstrap}"));
     let step = progress.step("creating the topics");
     let names = wanted.iter().map(|topic| topic.name.as_str()).collect::<Vec<_>>().join(", ");
     topics::create(&bootstrap, wanted, kafka::replication(ports.kafka.len())).await?;
@@ -223,11 +226,12 @@ async fn start_services(desk: &Desk, crew: &Crew, ports: &Ports) -> Result<()> {
     let step = progress.step("cdc-relay init");
     services::init_relay(layout, ports).await?;
     step.done("replication slot ready");
+    let mut steps = Vec::new();
     for instance in &ports.services {
         crew.hire(services::spec(layout, ports, instance)?)?;
+        steps.push((instance, progress.step(format!("starting {}", instance.name))));
     }
-    for instance in &ports.services {
-        let step = progress.step(format!("starting {}", instance.name));
+    for (instance, step) in steps {
         crew.ready(&instance.name).await?;
         step.done(&format!("{} ready on http://127.0.0.1:{}", instance.name, instance.port));
     }

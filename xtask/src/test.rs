@@ -45,8 +45,7 @@ pub(crate) async fn test(args: &cli::Test) -> Result<()> {
     prerequisites::java()?;
     maven::kafka(&home, &progress)?;
     postgres::install(&home, &progress, args.postgres)?;
-    // End-to-end tests start the whole system from these.
-    services::build(&home, &progress, &["order-api", "cdc-relay", "consumer", "xtask"])?;
+    compile(args, &home, &progress)?;
     let layout = Layout::open(Some(&home.dir.join(format!("test-{}", std::process::id()))))?;
     let mut stack = Stack::start(&servers(&layout, args.postgres), &layout, &progress).await?;
     let result = run(args, &home, &mut stack).await;
@@ -61,6 +60,23 @@ pub(crate) async fn test(args: &cli::Test) -> Result<()> {
     let (count, ok) = result?;
     let _ = writeln!(io::stdout(), "{} passed, {} failed", count.passed, count.failed);
     if ok { Ok(()) } else { Err(Failure::new("the tests failed")) }
+}
+
+/// Compiles what will run: the tests, and the binaries from which end-to-end tests start the whole system (for a
+/// package's own tests cargo builds its binaries anyway, for others they are named).
+fn compile(args: &cli::Test, home: &Layout, progress: &Progress) -> Result<()> {
+    if names_a_package(&args.args) {
+        services::build(home, progress)?;
+    }
+    let before: Vec<&String> = args.args.iter().take_while(|arg| *arg != "--").collect();
+    let mut cargo = services::cargo(home)?;
+    cargo.args(["test", "--release", "--no-run"]);
+    if !names_a_package(&args.args) {
+        cargo.arg("--workspace");
+    }
+    progress.line("  compiling the tests (the first time takes minutes)");
+    let status = cargo.args(before).stdin(Stdio::null()).status().explain(|| "start cargo".to_owned())?;
+    if status.success() { Ok(()) } else { Err(Failure::new("the tests do not compile")) }
 }
 
 /// Postgres and one broker on free ports. Nothing here outlives the machine, so nothing is synced to the disk;
@@ -107,6 +123,7 @@ async fn run(args: &cli::Test, home: &Layout, stack: &mut Stack) -> Result<(Coun
     }
     cargo.args(&args.args);
     cargo.env("TEST_POSTGRES_URL", &endpoints.postgres_superuser).env("TEST_KAFKA_BROKERS", &endpoints.kafka);
+    cargo.env(cli::NO_BUILD, "true");
     // A group of its own, so that all of it can be ended, whatever the tests have started.
     cargo.stdin(Stdio::null()).stdout(Stdio::piped()).process_group(0).kill_on_drop(true);
     let mut child = cargo.spawn().explain(|| "start cargo".to_owned())?;
@@ -122,6 +139,8 @@ async fn run(args: &cli::Test, home: &Layout, stack: &mut Stack) -> Result<(Coun
     let status = child.wait().await.explain(|| "wait for cargo".to_owned())?;
     if !status.success() {
         eprintln!("cargo test: {}", keeper::describe(status));
+        // A test binary that crashed tells no result.
+        count.failed = count.failed.max(1);
     }
     Ok((count, status.success()))
 }

@@ -12,18 +12,21 @@ use tokio::io::{AsyncBufReadExt, BufReader};
 
 use crate::{
     cli::Up,
+    down,
     endpoints::Endpoints,
     failure::{Explain, Failure, Result},
     identity, keeper,
     layout::Layout,
-    logs, maven, postgres, prerequisites,
+    logs, maven, ports, postgres, prerequisites,
     progress::Progress,
     services, state,
-    supervise::{Interrupts, Stack},
+    supervise::{self, Interrupts, Stack},
 };
 
 /// The supervisor in the background says this when all is ready; what it says before is progress.
 const READY: &str = "ready.";
+/// What stands before a failure on standard error; everything after it belongs to the failure.
+pub(crate) const FAILED: &str = "xtask: ";
 
 /// Runs the stack; returns when it has stopped, or with `--detach` when it is ready.
 pub(crate) async fn up(up: &Up) -> Result<()> {
@@ -33,8 +36,11 @@ pub(crate) async fn up(up: &Up) -> Result<()> {
     }
     let progress = Progress::new(None);
     let since = Instant::now();
-    if state::lock(&layout)?.is_none() {
-        return Err(crate::supervise::already(&layout));
+    {
+        // The supervisor does this again; here it spares a build that would be for nothing.
+        let _lock = state::lock(&layout)?.ok_or_else(|| supervise::already(&layout))?;
+        down::clear(&layout, &progress).await;
+        ports::choose(up, &layout.downloads)?;
     }
     prepare(up, &layout, &progress)?;
     if up.detach {
@@ -64,7 +70,7 @@ fn prepare(up: &Up, layout: &Layout, progress: &Progress) -> Result<()> {
     maven::kafka(layout, progress)?;
     postgres::install(layout, progress, up.postgres)?;
     if !up.infra_only && !up.no_build {
-        services::build(layout, progress, &services::PACKAGES)?;
+        services::build(layout, progress)?;
     }
     Ok(())
 }
@@ -143,13 +149,16 @@ async fn detach(layout: &Layout, progress: &Progress) -> Result<()> {
         return Err(Failure::new("the supervisor did not start"));
     };
     let mut lines = BufReader::new(pipe).lines();
-    let mut last = Vec::new();
+    let mut failure = String::new();
     loop {
         tokio::select! {
             line = lines.next_line() => match line {
                 Ok(Some(line)) if line == READY => return Ok(()),
-                Ok(Some(line)) if line.starts_with("  ") => progress.line(&line),
-                Ok(Some(line)) => last.push(line),
+                Ok(Some(line)) if failure.is_empty() => match line.strip_prefix(FAILED) {
+                    Some(why) => failure.push_str(why),
+                    None => progress.line(&line),
+                },
+                Ok(Some(line)) => failure = format!("{failure}\n{line}"),
                 _ => break,
             },
             () = interrupts.next() => {
@@ -159,10 +168,10 @@ async fn detach(layout: &Layout, progress: &Progress) -> Result<()> {
         }
     }
     let status = supervisor.wait().await.explain(|| "wait for the supervisor".to_owned())?;
-    let why = last.join("\n");
-    let why =
-        if why.is_empty() { format!("the supervisor ended: {}", keeper::describe(status)) } else { why };
-    Err(Failure::new(why).hint(format!("more in {}", log_path.display())))
+    if failure.is_empty() {
+        failure = format!("the supervisor ended: {}", keeper::describe(status));
+    }
+    Err(Failure::new(failure).hint(format!("more in {}", log_path.display())))
 }
 
 /// The supervisor in the background.

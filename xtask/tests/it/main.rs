@@ -1,0 +1,200 @@
+//! The supervisor with real servers: what it keeps running is killed, and then the supervisor itself.
+
+#![expect(clippy::unwrap_used, reason = "a test may fail by a panic, in its helpers too")]
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Output},
+    time::{Duration, Instant},
+};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+use sqlx::{Connection, PgConnection};
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// A stack of its own, stopped at the end of the test however it ends.
+struct Stack {
+    dir: PathBuf,
+}
+
+impl Stack {
+    fn new(name: &str) -> Self {
+        Self { dir: std::env::temp_dir().join(format!("xtask-it-{name}-{}", std::process::id())) }
+    }
+
+    fn xtask(&self, args: &[&str]) -> Output {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_xtask"));
+        command.arg(args[0]).arg("--dir").arg(&self.dir).args(&args[1..]);
+        command.output().expect("xtask starts")
+    }
+
+    fn up(&self) -> Output {
+        self.xtask(&[
+            "up",
+            "--infra-only",
+            "--detach",
+            "--json",
+            "--ports",
+            "auto",
+            "--postgres-set",
+            "fsync=off",
+        ])
+    }
+
+    fn endpoints(&self) -> Value {
+        let text =
+            fs::read(self.dir.join("endpoints.json")).expect("endpoints.json is there while a stack runs");
+        serde_json::from_slice(&text).expect("endpoints.json is whole at any time")
+    }
+
+    fn process(&self, name: &str) -> (u32, String) {
+        let endpoints = self.endpoints();
+        let process = endpoints["processes"].as_array().unwrap().iter().find(|p| p["name"] == name).unwrap();
+        (process["pid"].as_u64().unwrap().try_into().unwrap(), process["state"].as_str().unwrap().to_owned())
+    }
+
+    /// Kills a process and returns when another stands in its place, ready.
+    fn kill_and_wait(&self, name: &str) {
+        let (pid, _) = self.process(name);
+        kill(pid);
+        let since = Instant::now();
+        while self.process(name).0 == pid || self.process(name).1 != "ready" {
+            assert!(since.elapsed() < LIMIT, "{name} was not started again: {}", self.endpoints());
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    fn pids(&self) -> Vec<u32> {
+        let endpoints = self.endpoints();
+        let processes = endpoints["processes"].as_array().unwrap();
+        processes.iter().map(|process| process["pid"].as_u64().unwrap().try_into().unwrap()).collect()
+    }
+}
+
+impl Drop for Stack {
+    fn drop(&mut self) {
+        self.xtask(&["down"]);
+        let _ = fs::remove_dir_all(&self.dir);
+    }
+}
+
+fn kill(pid: u32) {
+    let pid = Pid::from_raw(pid.try_into().unwrap()).unwrap();
+    kill_process(pid, Signal::KILL).expect("the process is there");
+}
+
+fn ok(output: &Output) -> String {
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{errors}");
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+fn runs(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with('Z'))
+}
+
+/// Every process whose environment, working folder or command names the folder of the stack.
+fn inhabitants(dir: &Path) -> Vec<String> {
+    let name = dir.to_str().unwrap();
+    let about = |pid: &str| {
+        let mut text = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        text.extend(fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default());
+        let cwd = fs::read_link(format!("/proc/{pid}/cwd")).unwrap_or_default();
+        format!("{} {}", String::from_utf8_lossy(&text), cwd.display())
+    };
+    let pids = fs::read_dir("/proc").unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    pids.filter(|pid| pid.parse::<u32>().is_ok_and(|pid| pid != std::process::id() && runs(pid)))
+        .filter(|pid| about(pid).contains(name))
+        .collect()
+}
+
+fn count(url: &str, sql: &'static str) -> i64 {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let mut connection = PgConnection::connect(url).await.expect("Postgres answers");
+        sqlx::query_scalar(sql).fetch_one(&mut connection).await.expect(sql)
+    })
+}
+
+/// Each dependency with the features that a build of these packages gives it.
+fn dependencies(selection: &[&str]) -> BTreeSet<String> {
+    let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
+    let output = Command::new(cargo)
+        .args(["tree", "--locked", "--prefix", "none", "--format", "{p} [{f}]"])
+        .args(selection)
+        .current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap())
+        .output()
+        .expect("cargo starts");
+    let ours = |line: &str| line.contains(" (/");
+    let lines = ok(&output);
+    let lines = lines.lines().filter(|line| !line.is_empty() && !ours(line));
+    lines.map(|line| line.trim_end_matches(" (*)").to_owned()).collect()
+}
+
+#[test]
+fn what_is_built_first_is_not_compiled_again_for_the_services_or_the_tests() {
+    let first = dependencies(&["-p", "xtask", "-e", "normal,build"]);
+    let services =
+        ["-p", "xtask", "-p", "order-api", "-p", "cdc-relay", "-p", "consumer", "-e", "normal,build"];
+    let services = dependencies(&services);
+    let all = dependencies(&["--workspace", "-e", "normal,build,dev"]);
+    let again: Vec<_> = first.difference(&services).chain(services.difference(&all)).collect();
+    assert!(again.is_empty(), "other features elsewhere; add them to xtask/Cargo.toml: {again:#?}");
+}
+
+#[test]
+fn what_dies_is_started_again_and_a_killed_supervisor_leaves_nothing_after_down() {
+    let stack = Stack::new("kills");
+    let told: Value = serde_json::from_str(&ok(&stack.up())).expect("--json prints JSON and nothing else");
+    assert_eq!(told["postgres"], stack.endpoints()["postgres"]);
+    assert!(told.get("order_api").is_none(), "--infra-only has no services");
+    let url = told["postgres_superuser"].as_str().unwrap();
+
+    let second = stack.up();
+    assert!(!second.status.success());
+    let text = String::from_utf8_lossy(&second.stderr).into_owned();
+    assert!(text.contains("already") && text.contains("cargo xtask down"), "{text}");
+
+    for name in ["postgres", "kafka-1", "postgres"] {
+        stack.kill_and_wait(name);
+    }
+    assert_eq!(count(url, "SELECT count(*) FROM pg_database WHERE datname IN ('orders', 'consumers')"), 2);
+    let status: Value = serde_json::from_str(&ok(&stack.xtask(&["status", "--json"]))).unwrap();
+    let row = status.as_array().unwrap().iter().find(|row| row["process"] == "postgres").unwrap();
+    assert_eq!((row["health"].as_str(), row["restarts"].as_u64()), (Some("ready"), Some(2)));
+
+    let (supervisor, pids) = (stack.endpoints()["supervisor"].as_u64().unwrap(), stack.pids());
+    kill(supervisor.try_into().unwrap());
+    assert!(pids.iter().all(|pid| runs(*pid)), "the servers outlive their supervisor");
+    ok(&stack.xtask(&["down"]));
+    assert!(pids.iter().all(|pid| !runs(*pid)), "down stops them all the same");
+    assert_eq!(inhabitants(&stack.dir), Vec::<String>::new());
+    assert!(!stack.dir.join("endpoints.json").exists());
+}
+
+#[test]
+fn up_clears_away_what_a_killed_supervisor_left_and_keeps_the_data() {
+    let stack = Stack::new("again");
+    let told: Value = serde_json::from_str(&ok(&stack.up())).unwrap();
+    let url = told["postgres_superuser"].as_str().unwrap().to_owned();
+    assert_eq!(count(&url, "SELECT count(*) FROM pg_create_physical_replication_slot('kept')"), 1);
+    let before = stack.pids();
+    kill(told["supervisor"].as_u64().unwrap().try_into().unwrap());
+
+    let told: Value = serde_json::from_str(&ok(&stack.up())).unwrap();
+    assert!(before.iter().all(|pid| !runs(*pid)), "the former servers are gone");
+    let url = told["postgres_superuser"].as_str().unwrap();
+    assert_eq!(count(url, "SELECT count(*) FROM pg_replication_slots WHERE slot_name = 'kept'"), 1);
+
+    ok(&stack.xtask(&["stop", "kafka"]));
+    assert!(stack.endpoints()["processes"][1]["pid"].is_null(), "a stopped process has no id");
+    ok(&stack.xtask(&["start", "kafka"]));
+    assert_eq!(stack.process("kafka-1").1, "ready");
+    ok(&stack.xtask(&["down"]));
+    assert_eq!(inhabitants(&stack.dir), Vec::<String>::new());
+}
