@@ -75,10 +75,21 @@ wal *args:
     }
     pg_recvlogical --dbname="$url" --slot="$slot" --plugin=test_decoding --create-slot
     trap drop EXIT
-    trap 'exit 0' INT TERM HUP
     echo "following the WAL of the orders database by the slot $slot" >&2
+    # One column a line. In the background, because bash answers a signal only when what it waits for has ended.
     pg_recvlogical --dbname="$url" --slot="$slot" --start --file=- --no-loop --fsync-interval=0 \
-        --option=skip-empty-xacts=1 --option=include-timestamp=1 "$@"
+        --option=skip-empty-xacts=1 --option=include-timestamp=1 "$@" \
+        > >(exec sed --unbuffered --regexp-extended 's/ ([a-z_]+\[[a-z ]+\]:)/\n    \1/g') &
+    reader=$!
+    stopped=
+    trap 'stopped=yes; kill -INT "$reader" 2>/dev/null || true' INT TERM HUP
+    status=0
+    wait "$reader" || status=$?
+    if [[ -n $stopped ]]; then
+        wait "$reader" || true
+        exit 0
+    fi
+    exit "$status"
 
 # A SQL shell on the orders database
 [no-exit-message]
