@@ -30,8 +30,9 @@ pub(crate) async fn down(place: &Place) -> Result<()> {
     let layout = Layout::open(place.dir.as_deref())?;
     let progress = Progress::new(None);
     let since = Instant::now();
-    if state::lock(&layout)?.is_none() {
-        let state = supervised(&layout).await?;
+    let supervised = state::lock(&layout)?.is_none();
+    if supervised {
+        let state = state_of(&layout).await?;
         let step = progress.step(format!("stopping the stack in {}", layout.dir.display()));
         state.supervisor.signal(Signal::TERM);
         if !state.supervisor.ended_within(SUPERVISOR_LIMIT).await {
@@ -46,15 +47,17 @@ pub(crate) async fn down(place: &Place) -> Result<()> {
     let orphans = clear(&layout, &progress).await;
     let _ = fs::remove_dir_all(&layout.run);
     let seconds = since.elapsed().as_secs_f64();
-    match orphans {
-        0 => progress.line(&format!("nothing runs in {} ({seconds:.1} s)", layout.dir.display())),
-        _ => progress.line(&format!("stopped {orphans} processes without a supervisor ({seconds:.1} s)")),
-    }
+    let dir = layout.dir.display();
+    progress.line(&match (supervised, orphans) {
+        (true, _) => format!("stopped the stack in {dir} ({seconds:.1} s)"),
+        (false, 0) => format!("nothing runs in {dir}"),
+        (false, _) => format!("stopped {orphans} processes without a supervisor ({seconds:.1} s)"),
+    });
     Ok(())
 }
 
 /// The state of a stack that holds the lock, which it takes a moment before it writes its state.
-async fn supervised(layout: &Layout) -> Result<State> {
+async fn state_of(layout: &Layout) -> Result<State> {
     let until = Instant::now() + STATE_LIMIT;
     loop {
         match state::read(layout).filter(|state| state.supervisor.alive()) {

@@ -77,6 +77,8 @@ fn fetch(
 /// Runs Maven and returns how many files it downloaded (those in its own cache are not).
 fn resolve(pom: &Path, profile: &str, to: &Path, step: &Step) -> Result<usize> {
     prerequisites::maven()?;
+    let said = to.with_extension("err");
+    let errors = File::create(&said).explain(|| format!("create {}", said.display()))?;
     let mut maven = Command::new("mvn")
         .args(["--batch-mode", "-Dstyle.color=never"])
         .arg("--file")
@@ -86,6 +88,7 @@ fn resolve(pom: &Path, profile: &str, to: &Path, step: &Step) -> Result<usize> {
         .arg(format!("-DoutputDirectory={}", to.display()))
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
+        .stderr(errors)
         .spawn()
         .explain(|| "start mvn".to_owned())?;
     let mut files = 0;
@@ -102,6 +105,9 @@ fn resolve(pom: &Path, profile: &str, to: &Path, step: &Step) -> Result<usize> {
     }
     let status = maven.wait().explain(|| "wait for mvn".to_owned())?;
     if !status.success() {
+        tail.extend(
+            fs::read_to_string(&said).unwrap_or_default().lines().take(TAIL_LINES).map(str::to_owned),
+        );
         return Err(Failure::new(format!(
             "Maven could not resolve {profile} ({status})\n{}",
             tail.join("\n")

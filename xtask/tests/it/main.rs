@@ -5,6 +5,7 @@
 use std::{
     collections::BTreeSet,
     fs,
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::{Command, Output},
     time::{Duration, Instant},
@@ -19,15 +20,18 @@ const LIMIT: Duration = Duration::from_secs(60);
 /// A stack of its own, stopped at the end of the test however it ends.
 struct Stack {
     dir: PathBuf,
+    /// The program to run it with.
+    xtask: PathBuf,
 }
 
 impl Stack {
     fn new(name: &str) -> Self {
-        Self { dir: std::env::temp_dir().join(format!("xtask-it-{name}-{}", std::process::id())) }
+        let dir = std::env::temp_dir().join(format!("xtask-it-{name}-{}", std::process::id()));
+        Self { dir, xtask: env!("CARGO_BIN_EXE_xtask").into() }
     }
 
     fn xtask(&self, args: &[&str]) -> Output {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_xtask"));
+        let mut command = Command::new(&self.xtask);
         command.arg(args[0]).arg("--dir").arg(&self.dir).args(&args[1..]);
         command.output().expect("xtask starts")
     }
@@ -195,6 +199,63 @@ fn up_clears_away_what_a_killed_supervisor_left_and_keeps_the_data() {
     assert!(stack.endpoints()["processes"][1]["pid"].is_null(), "a stopped process has no id");
     ok(&stack.xtask(&["start", "kafka"]));
     assert_eq!(stack.process("kafka-1").1, "ready");
+    ok(&stack.xtask(&["down"]));
+    assert_eq!(inhabitants(&stack.dir), Vec::<String>::new());
+}
+
+/// A copy of the built binaries, with an order-api that halts as soon as a file says so.
+fn halting(stack: &mut Stack) -> PathBuf {
+    let built = Path::new(env!("CARGO_BIN_EXE_xtask")).parent().unwrap();
+    let copy = stack.dir.join("target/release");
+    fs::create_dir_all(&copy).unwrap();
+    for name in ["cdc-relay", "consumer"] {
+        let real = built.join(name);
+        assert!(real.is_file(), "{} is missing: run `cargo xtask test`, which builds it", real.display());
+        std::os::unix::fs::symlink(real, copy.join(name)).unwrap();
+    }
+    fs::copy(built.join("xtask"), copy.join("xtask")).unwrap();
+    let (real, halt, script) = (built.join("order-api"), stack.dir.join("halt"), copy.join("order-api"));
+    let text =
+        format!("#!/bin/sh\n[ -e '{}' ] && exit 65\nexec '{}' \"$@\"\n", halt.display(), real.display());
+    fs::write(&script, text).unwrap();
+    fs::set_permissions(&script, PermissionsExt::from_mode(0o755)).unwrap();
+    stack.xtask = copy.join("xtask");
+    halt
+}
+
+#[test]
+fn a_service_that_halts_is_left_down_and_one_that_dies_is_not() {
+    let mut stack = Stack::new("halts");
+    let halt = halting(&mut stack);
+    let scale = ["--scale", "pharmacy=2", "--ports", "auto", "--postgres-set", "fsync=off"];
+    let told = stack.xtask(&[&["up", "--detach", "--json", "--no-build"], &scale[..]].concat());
+    let told: Value = serde_json::from_str(&ok(&told)).unwrap();
+    let names: Vec<_> = told["consumers"].as_object().unwrap().keys().cloned().collect();
+    assert_eq!(names, ["fulfillment", "pharmacy", "pharmacy-2"]);
+    stack.kill_and_wait("pharmacy-2");
+    stack.kill_and_wait("cdc-relay");
+    stack.kill_and_wait("order-api");
+
+    fs::write(&halt, "").unwrap();
+    kill(stack.process("order-api").0);
+    let row = || {
+        let endpoints = stack.endpoints();
+        endpoints["processes"].as_array().unwrap().iter().find(|p| p["name"] == "order-api").unwrap().clone()
+    };
+    let since = Instant::now();
+    while row()["state"] != "down" {
+        assert!(since.elapsed() < LIMIT, "{}", row());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert!(row()["pid"].is_null());
+    let log = fs::read_to_string(stack.dir.join("logs/supervisor.log")).unwrap();
+    assert!(log.contains("!! order-api") && log.contains("exit code 65"), "{log}");
+    let start = stack.xtask(&["start", "order-api"]);
+    assert!(!start.status.success(), "it halts again");
+
+    fs::remove_file(&halt).unwrap();
+    ok(&stack.xtask(&["start", "order-api"]));
+    assert_eq!(row()["state"], "ready");
     ok(&stack.xtask(&["down"]));
     assert_eq!(inhabitants(&stack.dir), Vec::<String>::new());
 }
