@@ -14,7 +14,11 @@ pub(crate) struct ConnInfo {
     pub(crate) password: Secret,
     pub(crate) database: String,
     pub(crate) ssl_mode: SslMode,
+    /// A file in PEM form, or `system`; without one the system's certificates are used where one is needed.
     pub(crate) ssl_root_cert: Option<PathBuf>,
+    /// The client's certificate and key, in PEM form.
+    pub(crate) ssl_cert: Option<PathBuf>,
+    pub(crate) ssl_key: Option<PathBuf>,
     /// Only a server that takes writes will do.
     pub(crate) read_write: bool,
 }
@@ -67,6 +71,8 @@ impl ConnInfo {
             password: if password.is_empty() { Secret::new(decode(url_password)?) } else { password.clone() },
             ssl_mode: SslMode::Prefer,
             ssl_root_cert: None,
+            ssl_cert: None,
+            ssl_key: None,
             read_write: false,
         };
         let (mut query_host, mut query_port) = (None, None);
@@ -94,6 +100,8 @@ impl ConnInfo {
         match key {
             "sslmode" => self.ssl_mode = parse_ssl_mode(value)?,
             "sslrootcert" => self.ssl_root_cert = Some(value.into()),
+            "sslcert" => self.ssl_cert = Some(value.into()),
+            "sslkey" => self.ssl_key = Some(value.into()),
             "target_session_attrs" => {
                 self.read_write = match value {
                     "any" => false,

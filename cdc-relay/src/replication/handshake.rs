@@ -1,16 +1,21 @@
 //! Startup and authentication
 //! (<https://www.postgresql.org/docs/current/protocol-flow.html#PROTOCOL-FLOW-START-UP>).
 
-use std::time::Duration;
+use std::{
+    io::{Read as _, Write as _},
+    time::Duration,
+};
 
+use bytes::BytesMut;
 use postgres_protocol::{
-    authentication::sasl::{ChannelBinding, SCRAM_SHA_256, ScramSha256},
+    authentication::sasl::{ChannelBinding, SCRAM_SHA_256, SCRAM_SHA_256_PLUS, ScramSha256},
     message::frontend,
 };
 
 use super::{
     connection::server_error,
     conninfo::{ConnInfo, Host, SslMode},
+    tls,
     transport::Transport,
     wire::Wire,
 };
@@ -32,16 +37,10 @@ pub(super) fn connect(
     purpose: Purpose,
     timeout: Duration,
 ) -> Result<Wire, Error> {
-    if info.ssl_mode >= SslMode::Require {
-        return Err(Error::new(
-            Kind::Misconfigured,
-            "sslmode require, verify-ca and verify-full are not supported yet",
-        )
-        .hint("use sslmode=prefer or disable on a trusted network, such as loopback or a Unix socket"));
-    }
     let io = |e: std::io::Error| Error::postgres_io(&format!("cannot connect to Postgres at {host}"), &e);
-    let mut wire = Wire::new(Transport::connect(host, timeout).map_err(io)?);
-    wire.set_timeout(timeout).map_err(io)?;
+    let transport = Transport::connect(host, timeout).map_err(io)?;
+    transport.set_timeout(timeout).map_err(io)?;
+    let mut wire = Wire::new(secure(transport, info, host)?);
     let mut parameters = vec![
         ("user", info.user.as_str()),
         ("database", info.database.as_str()),
@@ -68,6 +67,36 @@ pub(super) fn connect(
             b'S' | b'K' | b'N' | b'v' => {}
             other => return Err(unexpected(other)),
         }
+    }
+}
+
+/// Asks for TLS where `sslmode` wants it
+/// (<https://www.postgresql.org/docs/current/protocol-flow.html#PROTOCOL-FLOW-SSL>).
+fn secure(mut transport: Transport, info: &ConnInfo, host: &Host) -> Result<Transport, Error> {
+    let (Host::Tcp { name, .. }, true) = (host, info.ssl_mode > SslMode::Disable) else {
+        return Ok(transport);
+    };
+    let io = |e: std::io::Error| Error::postgres_io(&format!("cannot connect to Postgres at {host}"), &e);
+    let (mut request, mut answer) = (BytesMut::new(), [0]);
+    frontend::ssl_request(&mut request);
+    transport.write_all(&request).map_err(io)?;
+    // One byte and no more: what came with it could be an attacker's, sent before there was a key.
+    transport.read_exact(&mut answer).map_err(io)?;
+    match answer[0] {
+        b'S' => transport.encrypt(tls::client(info, name)?).map_err(|e| match e.kind() {
+            // What rustls has against the server, its certificate above all.
+            std::io::ErrorKind::InvalidData => {
+                Error::new(Kind::Refused, format!("TLS with Postgres at {host} failed: {e}"))
+                    .hint("check sslmode and sslrootcert in postgres.url against the server's certificate")
+            }
+            _ => io(e),
+        }),
+        _ if info.ssl_mode == SslMode::Prefer => Ok(transport),
+        _ => Err(Error::new(
+            Kind::Refused,
+            format!("Postgres at {host} does not offer TLS, and sslmode demands it"),
+        )
+        .hint("set ssl = on, ssl_cert_file and ssl_key_file on the server")),
     }
 }
 
@@ -119,23 +148,7 @@ fn authenticate(wire: &mut Wire, info: &ConnInfo, host: &Host) -> Result<(), Err
                     Ok(())
                 };
             }
-            auth::SASL => {
-                if info.password.is_empty() {
-                    return Err(refused(format!(
-                        "Postgres at {host} asks for a password of role {:?} and none is configured",
-                        info.user
-                    ))
-                    .hint("set postgres.password, or CDC_RELAY_POSTGRES__PASSWORD(_FILE)"));
-                }
-                if !data.split(|b| *b == 0).any(|m| m == SCRAM_SHA_256.as_bytes()) {
-                    return Err(refused("the server offers no SCRAM-SHA-256".into()));
-                }
-                let client =
-                    ScramSha256::new(info.password.expose().as_bytes(), ChannelBinding::unsupported());
-                frontend::sasl_initial_response(SCRAM_SHA_256, client.message(), &mut wire.out)
-                    .map_err(|e| Error::postgres_io("SCRAM failed", &e))?;
-                scram = Some(client);
-            }
+            auth::SASL => scram = Some(begin_scram(wire, info, host, data)?),
             auth::SASL_CONTINUE => {
                 let client = scram.as_mut().ok_or_else(|| unexpected(tag))?;
                 client.update(data).map_err(|e| refused(format!("SCRAM failed: {e}")))?;
@@ -160,6 +173,38 @@ fn authenticate(wire: &mut Wire, info: &ConnInfo, host: &Host) -> Result<(), Err
             }
         }
     }
+}
+
+/// Starts SCRAM, bound to the TLS channel where both sides can
+/// (<https://www.postgresql.org/docs/current/sasl-authentication.html>).
+fn begin_scram(
+    wire: &mut Wire,
+    info: &ConnInfo,
+    host: &Host,
+    mechanisms: &[u8],
+) -> Result<ScramSha256, Error> {
+    if info.password.is_empty() {
+        let what =
+            format!("Postgres at {host} asks for a password of role {:?} and none is configured", info.user);
+        return Err(Error::new(Kind::Refused, what)
+            .hint("set postgres.password, or CDC_RELAY_POSTGRES__PASSWORD(_FILE)"));
+    }
+    let offers = |mechanism: &str| mechanisms.split(|b| *b == 0).any(|m| m == mechanism.as_bytes());
+    if !offers(SCRAM_SHA_256) {
+        return Err(Error::new(Kind::Refused, format!("Postgres at {host} offers no SCRAM-SHA-256")));
+    }
+    let (mechanism, binding) = match wire.transport().tls().and_then(tls::server_end_point) {
+        None => (SCRAM_SHA_256, ChannelBinding::unsupported()),
+        Some(data) if offers(SCRAM_SHA_256_PLUS) => {
+            (SCRAM_SHA_256_PLUS, ChannelBinding::tls_server_end_point(data))
+        }
+        // "We could, you cannot": a server that can takes this as the sign of a man in the middle.
+        Some(_) => (SCRAM_SHA_256, ChannelBinding::unrequested()),
+    };
+    let client = ScramSha256::new(info.password.expose().as_bytes(), binding);
+    frontend::sasl_initial_response(mechanism, client.message(), &mut wire.out)
+        .map_err(|e| Error::postgres_io("SCRAM failed", &e))?;
+    Ok(client)
 }
 
 fn unexpected(tag: u8) -> Error {

@@ -5,5 +5,6 @@ pub(crate) mod connection;
 pub(crate) mod conninfo;
 pub(crate) mod handshake;
 pub(crate) mod stream;
+mod tls;
 mod transport;
 mod wire;

@@ -99,7 +99,7 @@ impl ReplicationStream {
     /// Sends a status update that asks for a reply. If an earlier one is still waiting for the socket to take
     /// it, that one is enough.
     pub(crate) fn send_status(&mut self, status: StatusUpdate) -> Result<(), Error> {
-        if self.wire.out.is_empty() {
+        if !self.wire.wants_write() {
             put_status(&mut self.wire.out, status);
         }
         self.flush()
@@ -112,7 +112,7 @@ impl ReplicationStream {
 
     /// Whether something waits for the socket to take it.
     pub(crate) fn wants_write(&self) -> bool {
-        !self.wire.out.is_empty()
+        self.wire.wants_write()
     }
 
     /// The socket, to wait on.

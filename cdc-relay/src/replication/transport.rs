@@ -1,4 +1,4 @@
-//! The socket under a connection: TCP or a Unix socket.
+//! The socket under a connection: TCP, TLS over TCP, or a Unix socket.
 
 use std::{
     io::{self, Read, Write},
@@ -11,6 +11,7 @@ use std::{
 };
 
 use rustix::net::sockopt;
+use rustls::{ClientConnection, StreamOwned};
 
 use super::conninfo::Host;
 
@@ -18,6 +19,7 @@ use super::conninfo::Host;
 #[derive(Debug)]
 pub(crate) enum Transport {
     Tcp(TcpStream),
+    Tls(Box<StreamOwned<ClientConnection, TcpStream>>),
     Unix(UnixStream),
 }
 
@@ -55,21 +57,47 @@ impl Transport {
 
     /// How long a blocking read or write may take.
     pub(crate) fn set_timeout(&self, timeout: Duration) -> io::Result<()> {
+        let timeout = Some(timeout);
         match self {
-            Self::Tcp(s) => {
-                s.set_read_timeout(Some(timeout)).and_then(|()| s.set_write_timeout(Some(timeout)))
-            }
-            Self::Unix(s) => {
-                s.set_read_timeout(Some(timeout)).and_then(|()| s.set_write_timeout(Some(timeout)))
-            }
+            Self::Tcp(s) => s.set_read_timeout(timeout).and_then(|()| s.set_write_timeout(timeout)),
+            Self::Tls(s) => s.sock.set_read_timeout(timeout).and_then(|()| s.sock.set_write_timeout(timeout)),
+            Self::Unix(s) => s.set_read_timeout(timeout).and_then(|()| s.set_write_timeout(timeout)),
         }
     }
 
-    pub(crate) fn set_nonblocking(&self, nonblocking: bool) -> io::Result<()> {
+    pub(crate) fn set_nonblocking(&self) -> io::Result<()> {
         match self {
-            Self::Tcp(s) => s.set_nonblocking(nonblocking),
-            Self::Unix(s) => s.set_nonblocking(nonblocking),
+            Self::Tcp(s) => s.set_nonblocking(true),
+            Self::Tls(s) => s.sock.set_nonblocking(true),
+            Self::Unix(s) => s.set_nonblocking(true),
         }
+    }
+
+    /// Goes on in TLS. Only a TCP connection is ever encrypted; a Unix socket stays within the machine.
+    pub(crate) fn encrypt(self, client: ClientConnection) -> io::Result<Self> {
+        match self {
+            Self::Tcp(socket) => {
+                let mut stream = StreamOwned::new(client, socket);
+                while stream.conn.is_handshaking() {
+                    stream.conn.complete_io(&mut stream.sock)?;
+                }
+                Ok(Self::Tls(Box::new(stream)))
+            }
+            other => Ok(other),
+        }
+    }
+
+    /// What SCRAM binds to, where there is TLS.
+    pub(crate) fn tls(&self) -> Option<&ClientConnection> {
+        match self {
+            Self::Tls(s) => Some(&s.conn),
+            Self::Tcp(_) | Self::Unix(_) => None,
+        }
+    }
+
+    /// Whether bytes that were written wait for the socket.
+    pub(crate) fn wants_write(&self) -> bool {
+        self.tls().is_some_and(|c| c.wants_write())
     }
 }
 
@@ -77,6 +105,7 @@ impl Read for Transport {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         match self {
             Self::Tcp(s) => s.read(buf),
+            Self::Tls(s) => s.read(buf),
             Self::Unix(s) => s.read(buf),
         }
     }
@@ -86,12 +115,16 @@ impl Write for Transport {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
         match self {
             Self::Tcp(s) => s.write(buf),
+            Self::Tls(s) => s.write(buf),
             Self::Unix(s) => s.write(buf),
         }
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        Ok(())
+        match self {
+            Self::Tls(s) => s.flush(),
+            Self::Tcp(_) | Self::Unix(_) => Ok(()),
+        }
     }
 }
 
@@ -99,6 +132,7 @@ impl AsFd for Transport {
     fn as_fd(&self) -> BorrowedFd<'_> {
         match self {
             Self::Tcp(s) => s.as_fd(),
+            Self::Tls(s) => s.sock.as_fd(),
             Self::Unix(s) => s.as_fd(),
         }
     }

@@ -44,7 +44,16 @@ impl Wire {
     }
 
     pub(crate) fn set_nonblocking(&self) -> io::Result<()> {
-        self.transport.set_nonblocking(true)
+        self.transport.set_nonblocking()
+    }
+
+    pub(crate) fn transport(&self) -> &Transport {
+        &self.transport
+    }
+
+    /// Whether something waits for the socket to take it.
+    pub(crate) fn wants_write(&self) -> bool {
+        !self.out.is_empty() || self.transport.wants_write()
     }
 
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
@@ -123,7 +132,10 @@ impl Wire {
                 Err(e) => return Err(e),
             }
         }
-        Ok(true)
+        match self.transport.flush() {
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(false),
+            flushed => flushed.map(|()| true),
+        }
     }
 }
 

@@ -9,4 +9,5 @@ mod failures;
 mod idle;
 mod init;
 mod relay;
+mod tls;
 mod topics;
