@@ -34,7 +34,8 @@ order:
     set -euo pipefail
     url=$(just _endpoint order_api)
     echo "POST $url/api/orders"
-    curl --silent --show-error --include --json @- "$url/api/orders" <<'JSON'
+    curl --silent --show-error --include --header 'content-type: application/json' --data @- \
+        "$url/api/orders" <<'JSON'
     {
       "customerId": "customer-1",
       "restaurantId": "restaurant-1",
