@@ -1,6 +1,6 @@
 //! `cargo xtask down`, also for a stack whose supervisor was killed.
 
-use std::{collections::BTreeSet, fs, time::Duration};
+use std::{fs, time::Duration};
 
 use rustix::process::Signal;
 use tokio::time::Instant;
@@ -115,30 +115,42 @@ pub(crate) async fn clear(layout: &Layout, progress: &Progress) -> usize {
 pub(crate) async fn kill(layout: &Layout, state: &State) -> usize {
     let known = state.processes.iter().filter_map(|entry| entry.identity.clone());
     let alive: Vec<Identity> = known.filter(Identity::alive).collect();
-    for process in &alive {
-        process.signal(Signal::KILL);
-    }
-    for process in &alive {
-        process.ended_within(KILLED_LIMIT).await;
-    }
-    let more = kill_marked(layout).await;
+    let count = end(&alive, Signal::KILL, KILLED_LIMIT).await + kill_marked(layout).await;
     postgres::clear_remains(&state.cluster).await;
-    alive.len() + more
+    count
 }
 
 /// Those that bear the mark of this stack, but whose id was not written down in time.
 async fn kill_marked(layout: &Layout) -> usize {
     let (key, value) = layout.mark();
-    let mark = format!("{key}={value}").into_bytes();
-    let marked: BTreeSet<u32> = ports::processes().into_iter().filter(|pid| bears(*pid, &mark)).collect();
-    let processes: Vec<Identity> = marked.into_iter().filter_map(Identity::of).collect();
-    for process in &processes {
-        process.signal(Signal::KILL);
+    end(&marked(key, &value), Signal::KILL, KILLED_LIMIT).await
+}
+
+/// Stops every stack that was started with this variable in its environment, and whatever else was.
+pub(crate) async fn stop_all_with(key: &str, value: &str) {
+    let command = |process: &Identity| fs::read(format!("/proc/{}/cmdline", process.pid)).unwrap_or_default();
+    let supervises =
+        |process: &Identity| command(process).split(|byte| *byte == 0).any(|arg| arg == b"--background");
+    let supervisors: Vec<Identity> = marked(key, value).into_iter().filter(supervises).collect();
+    end(&supervisors, Signal::TERM, ORPHAN_LIMIT).await;
+    end(&marked(key, value), Signal::KILL, KILLED_LIMIT).await;
+}
+
+/// Sends a signal to processes and waits for their end. Returns how many there were.
+async fn end(processes: &[Identity], signal: Signal, limit: Duration) -> usize {
+    for process in processes {
+        process.signal(signal);
     }
-    for process in &processes {
-        process.ended_within(KILLED_LIMIT).await;
+    for process in processes {
+        process.ended_within(limit).await;
     }
     processes.len()
+}
+
+/// The processes with this variable in their environment, but for ourselves.
+fn marked(key: &str, value: &str) -> Vec<Identity> {
+    let mark = format!("{key}={value}").into_bytes();
+    ports::processes().into_iter().filter(|pid| bears(*pid, &mark)).filter_map(Identity::of).collect()
 }
 
 fn bears(pid: u32, mark: &[u8]) -> bool {

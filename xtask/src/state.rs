@@ -3,6 +3,7 @@
 use std::{
     fs::{self, File},
     path::PathBuf,
+    time::{Duration, Instant},
 };
 
 use rustix::fs::{FlockOperation, flock};
@@ -15,6 +16,10 @@ use crate::{
     layout::Layout,
     spec::Layer,
 };
+
+/// How long a lock may be held by nobody in particular.
+const LOCK_LIMIT: Duration = Duration::from_secs(2);
+const LOOK_INTERVAL: Duration = Duration::from_millis(10);
 
 /// What a supervisor writes down whenever something changes.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -91,5 +96,45 @@ pub(crate) fn running(layout: &Layout) -> Result<State> {
 pub(crate) fn lock(layout: &Layout) -> Result<Option<File>> {
     let path = layout.dir.join("lock");
     let file = File::create(&path).explain(|| format!("create {}", path.display()))?;
-    Ok(flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok().then_some(file))
+    let until = Instant::now() + LOCK_LIMIT;
+    loop {
+        if flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok() {
+            return Ok(Some(file));
+        }
+        // A command that looks whether a stack runs holds it for a moment, and so does a supervisor that is being
+        // killed. Only one that is alive, or that has not written its state for a while, counts.
+        let supervised = read(layout).is_some_and(|state| state.supervisor.alive());
+        if supervised || Instant::now() > until {
+            return Ok(None);
+        }
+        std::thread::sleep(LOOK_INTERVAL);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lock_that_is_held_for_a_moment_is_waited_for_and_one_that_stays_is_not() {
+        let dir = std::env::temp_dir().join(format!("xtask-lock-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        let layout = Layout {
+            root: dir.clone(),
+            dir: dir.clone(),
+            downloads: dir.clone(),
+            run: dir.clone(),
+            user: None,
+        };
+        let held = lock(&layout).unwrap().expect("nobody else has it");
+        let dropping = std::thread::spawn(move || {
+            std::thread::sleep(LOCK_LIMIT / 4);
+            drop(held);
+        });
+        let held = lock(&layout).unwrap().expect("it becomes free");
+        dropping.join().unwrap();
+        assert!(lock(&layout).unwrap().is_none());
+        drop(held);
+        fs::remove_dir_all(&dir).unwrap();
+    }
 }

@@ -29,6 +29,9 @@ use crate::{
 /// How long the tests may take to end when told to.
 const GRACE: Duration = Duration::from_secs(5);
 
+/// In the environment of the tests and all that they start: the process id of the `cargo xtask test`.
+const MARK: &str = "XTASK_TEST";
+
 /// How many tests passed and failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 struct Count {
@@ -49,6 +52,8 @@ pub(crate) async fn test(args: &cli::Test) -> Result<()> {
     let layout = Layout::open(Some(&home.dir.join(format!("test-{}", std::process::id()))))?;
     let mut stack = Stack::start(&servers(&layout, args.postgres), &layout, &progress).await?;
     let result = run(args, &home, &mut stack).await;
+    // Stacks that tests started and could not stop, because they were interrupted or crashed.
+    down::stop_all_with(MARK, &std::process::id().to_string()).await;
     stack.stop().await;
     drop(stack);
     match &result {
@@ -123,7 +128,7 @@ async fn run(args: &cli::Test, home: &Layout, stack: &mut Stack) -> Result<(Coun
     }
     cargo.args(&args.args);
     cargo.env("TEST_POSTGRES_URL", &endpoints.postgres_superuser).env("TEST_KAFKA_BROKERS", &endpoints.kafka);
-    cargo.env(cli::NO_BUILD, "true");
+    cargo.env(cli::NO_BUILD, "true").env(MARK, std::process::id().to_string());
     // A group of its own, so that all of it can be ended, whatever the tests have started.
     cargo.stdin(Stdio::null()).stdout(Stdio::piped()).process_group(0).kill_on_drop(true);
     let mut child = cargo.spawn().explain(|| "start cargo".to_owned())?;
