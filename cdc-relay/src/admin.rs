@@ -38,6 +38,9 @@ pub(crate) struct Metrics {
 impl Metrics {
     /// Registers every metric under its name.
     pub(crate) fn register(&self, r: &mut Registry) {
+        // Up until it shows otherwise.
+        self.kafka_up.set(1);
+        self.postgres_up.set(1);
         r.register(
             "records_enqueued",
             "Records handed to the producer, repetitions after a rewind included",

@@ -66,7 +66,8 @@ pub(crate) struct RouteConfig {
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct KafkaConfig {
     pub(crate) brokers: String,
-    pub(crate) properties: BTreeMap<String, String>,
+    /// Some of them are secrets, such as `sasl.password`.
+    pub(crate) properties: BTreeMap<String, Secret>,
 }
 
 #[derive(Debug, Clone, Deserialize, PartialEq)]
@@ -252,7 +253,7 @@ impl OutboxConfig {
 }
 
 /// Settings of librdkafka that would break a promise, and which.
-const REFUSED_PROPERTIES: [(&str, &str); 18] = [
+const REFUSED_PROPERTIES: [(&str, &str); 19] = [
     ("bootstrap.servers", "set kafka.brokers"),
     ("metadata.broker.list", "set kafka.brokers"),
     ("acks", "the relay confirms only what all in-sync replicas have"),
@@ -270,10 +271,11 @@ const REFUSED_PROPERTIES: [(&str, &str); 18] = [
     ("delivery.report.only.error", "without reports nothing could be confirmed"),
     ("transactional.id", "the delivery mode decides it"),
     ("queuing.strategy", "records are sent in commit order"),
+    ("test.mock.num.brokers", "nothing would reach a real broker"),
     ("allow.auto.create.topics", "topics are created on purpose, with their partitions and replication"),
 ];
 
-fn check_properties(properties: &BTreeMap<String, String>) -> Result<(), Failure> {
+fn check_properties(properties: &BTreeMap<String, Secret>) -> Result<(), Failure> {
     for (name, why) in REFUSED_PROPERTIES {
         if properties.contains_key(name) {
             return Err(Failure::configuration(format!(
@@ -308,6 +310,6 @@ mod tests {
         assert!(check(|c| c.outbox.table = "a.b.c".into()).contains("outbox.table"));
         assert!(check(|c| c.outbox.topic = "id".into()).contains("twice"));
         assert!(check(|c| c.limits.in_flight_bytes = 1).contains("limits.in_flight_bytes"));
-        assert!(check(|c| drop(c.kafka.properties.insert("acks".into(), "1".into()))).contains("acks"));
+        assert!(check(|c| drop(c.kafka.properties.insert("acks".into(), Secret::new("1")))).contains("acks"));
     }
 }

@@ -13,6 +13,10 @@ pub(crate) enum Kind {
     SlotInUse,
     /// Kafka gave up on a record, or the producer is broken: rewind with a new one.
     DeliveryFailed,
+    /// Kafka refused a batch of several records as too large: rewind, and send smaller ones.
+    BatchTooLarge,
+    /// Nothing went on for the configured time.
+    GaveUp,
     /// Postgres or Kafka refused us in a way that time does not heal.
     Refused,
     /// The configuration cannot work.
@@ -38,7 +42,8 @@ impl Kind {
     /// The one place that decides.
     pub(crate) fn policy(self) -> Policy {
         match self {
-            Self::PostgresAway | Self::DeliveryFailed => Policy::Retry,
+            Self::PostgresAway | Self::DeliveryFailed | Self::BatchTooLarge => Policy::Retry,
+            Self::GaveUp => Policy::Stop(exit::Kind::GaveUp),
             Self::SlotInUse => Policy::StandBy,
             Self::Refused => Policy::Stop(exit::Kind::Refused),
             Self::Misconfigured => Policy::Stop(exit::Kind::BadConfiguration),
@@ -53,6 +58,8 @@ impl Kind {
             Self::PostgresAway => "postgres_away",
             Self::SlotInUse => "slot_in_use",
             Self::DeliveryFailed => "delivery_failed",
+            Self::BatchTooLarge => "batch_too_large",
+            Self::GaveUp => "gave_up",
             Self::Refused => "refused",
             Self::Misconfigured => "misconfigured",
             Self::Halted => "halted",
@@ -68,11 +75,13 @@ pub(crate) struct Error {
     pub(crate) message: String,
     /// The exact next step, where there is one.
     pub(crate) hint: Option<String>,
+    /// Postgres' code, where it is Postgres' error.
+    pub(crate) sqlstate: Option<String>,
 }
 
 impl Error {
     pub(crate) fn new(kind: Kind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), hint: None }
+        Self { kind, message: message.into(), hint: None, sqlstate: None }
     }
 
     pub(crate) fn hint(mut self, hint: impl Into<String>) -> Self {
@@ -88,12 +97,9 @@ impl Error {
     /// Postgres answered with an error
     /// (<https://www.postgresql.org/docs/current/errcodes-appendix.html>).
     pub(crate) fn postgres(sqlstate: &str, message: &str) -> Self {
-        let (kind, hint) = classify(sqlstate, message);
-        let error = Self::new(kind, format!("Postgres: {message} (SQLSTATE {sqlstate})"));
-        match hint {
-            Some(hint) => error.hint(hint),
-            None => error,
-        }
+        let (kind, hint) = classify(sqlstate);
+        let message = format!("Postgres: {message} (SQLSTATE {sqlstate})");
+        Self { kind, message, hint: hint.map(Into::into), sqlstate: Some(sqlstate.into()) }
     }
 
     /// This error as the end of the process.
@@ -131,7 +137,7 @@ impl From<relay_core::relay::Halt> for Error {
     }
 }
 
-fn classify(sqlstate: &str, message: &str) -> (Kind, Option<&'static str>) {
+fn classify(sqlstate: &str) -> (Kind, Option<&'static str>) {
     match sqlstate {
         "55006" => (Kind::SlotInUse, None),
         "28P01" => (
@@ -150,10 +156,18 @@ fn classify(sqlstate: &str, message: &str) -> (Kind, Option<&'static str>) {
             Some("the role needs REPLICATION: ALTER ROLE … REPLICATION; and SELECT on the outbox table"),
         ),
         // The slot or the publication does not exist.
-        "42704" if message.contains("replication slot") || message.contains("publication") => (
+        "42704" => (
             Kind::Halted,
             Some(
-                "`cdc-relay init` creates publication and slot. Had they existed before, what was written since they were dropped is not in the new slot",
+                "`cdc-relay init` creates publication and slot. Had they existed before, what was written since they \
+                 were dropped is not in the new slot",
+            ),
+        ),
+        // A segment of the log, or pgoutput itself, is missing on the server's disk.
+        "58P01" => (
+            Kind::Halted,
+            Some(
+                "the server misses a file: its log has the name. A segment that is gone means that the slot is lost",
             ),
         ),
         // wal_level is too low, or the slot was invalidated.
@@ -177,21 +191,16 @@ mod tests {
 
     #[test]
     fn what_time_heals_is_tried_again_and_nothing_else() {
-        let policy = |state, message| Error::postgres(state, message).kind.policy();
+        let policy = |state| Error::postgres(state, "").kind.policy();
         for away in ["57P01", "57P02", "57P03", "08006", "53300", "XX000"] {
-            assert_eq!(policy(away, ""), Policy::Retry, "{away}");
+            assert_eq!(policy(away), Policy::Retry, "{away}");
         }
-        assert_eq!(policy("55006", ""), Policy::StandBy);
+        assert_eq!(policy("55006"), Policy::StandBy);
         for refused in ["28P01", "28000", "3D000", "42501", "0A000", "", "ä"] {
-            assert_eq!(policy(refused, ""), Policy::Stop(exit::Kind::Refused), "{refused}");
+            assert_eq!(policy(refused), Policy::Stop(exit::Kind::Refused), "{refused}");
         }
-        assert_eq!(
-            policy("42704", "replication slot \"x\" does not exist"),
-            Policy::Stop(exit::Kind::Halted)
-        );
-        assert_eq!(
-            policy("55000", "can no longer access replication slot"),
-            Policy::Stop(exit::Kind::Halted)
-        );
+        for halted in ["42704", "55000", "58P01"] {
+            assert_eq!(policy(halted), Policy::Stop(exit::Kind::Halted), "{halted}");
+        }
     }
 }

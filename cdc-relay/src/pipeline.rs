@@ -11,20 +11,20 @@ use std::{
     time::{Duration, Instant},
 };
 
-use relay_core::{Outgoing, Relay, progress::Ticket, relay::Options};
+use relay_core::{Relay, progress::Ticket, relay::Options};
 use service::{Failure, Health, exit};
 
 use crate::{
     admin::Metrics,
     config::Settings,
     error::{Error, Kind, Policy},
-    kafka::{Enqueued, Producer, Topic},
+    kafka::{Batch, Producer},
     replication::{
         connection::Connection,
         handshake::Purpose,
         stream::{Event, ReplicationStream},
     },
-    slot,
+    slot::{self, Position},
     wait::{Waker, Wakeups},
 };
 
@@ -37,6 +37,8 @@ const EVENTS_PER_ROUND: usize = 1024;
 const PENDING_RETRY: Duration = Duration::from_millis(100);
 /// How often a standby tries the slot.
 const STANDBY_INTERVAL: Duration = Duration::from_millis(500);
+/// A session that has had nothing to do for so long is well.
+const WELL_AFTER: Duration = Duration::from_secs(10);
 const BACKOFF_FIRST: Duration = Duration::from_millis(100);
 const BACKOFF_LIMIT: Duration = Duration::from_secs(5);
 /// The longest time between two status updates, whatever the server would allow.
@@ -59,39 +61,52 @@ impl Shared {
     }
 }
 
+/// What one session leaves to the next.
+struct Course {
+    backoff: Duration,
+    unwell_since: Option<Instant>,
+    batch: Batch,
+    /// Whether the slot may still have to be made.
+    first: bool,
+}
+
 /// Runs sessions until a stop is asked for or an error ends the process.
 pub(crate) fn run(shared: &Shared, wakeups: &Wakeups) -> Result<(), Failure> {
-    let mut backoff = BACKOFF_FIRST;
-    let mut unwell_since: Option<Instant> = None;
+    let mut course =
+        Course { backoff: BACKOFF_FIRST, unwell_since: None, batch: Batch::default(), first: true };
     while !shared.stopping() {
-        let sessions_before = shared.metrics.sessions.get();
-        let Err(error) = session(shared, wakeups) else { return Ok(()) };
+        let Err(error) = session(shared, wakeups, &mut course) else { return Ok(()) };
         shared.metrics.streaming.set(0);
         shared.metrics.error(error.kind);
-        if shared.metrics.sessions.get() > sessions_before {
-            (backoff, unwell_since) = (BACKOFF_FIRST, None);
+        if error.kind == Kind::BatchTooLarge {
+            course.batch = course.batch.smaller(&shared.settings.kafka);
         }
         match error.kind.policy() {
             Policy::Stop(_) => return Err(error.into_failure()),
+            _ if shared.stopping() => {
+                let what =
+                    format!("stopped without a clean end, what was not confirmed is read again: {error}");
+                return Err(Failure::new(exit::Kind::GaveUp, what));
+            }
             Policy::StandBy => {
                 if shared.metrics.standby.set(1) == 0 {
                     tracing::info!("standing by: {error}");
                 }
                 shared.health.ready("standby");
-                unwell_since = None;
+                course.unwell_since = None;
                 wakeups.wait(STANDBY_INTERVAL);
             }
             Policy::Retry => {
-                let since = *unwell_since.get_or_insert_with(Instant::now);
+                let since = *course.unwell_since.get_or_insert_with(Instant::now);
                 if shared.settings.give_up_after.is_some_and(|limit| since.elapsed() >= limit) {
-                    let what =
-                        format!("no session for {} s, the last error: {error}", since.elapsed().as_secs());
+                    let seconds = since.elapsed().as_secs();
+                    let what = format!("nothing went on for {seconds} s, the last error: {error}");
                     return Err(Failure::new(exit::Kind::GaveUp, what));
                 }
                 shared.health.not_ready("reconnecting", error.message.clone());
-                tracing::warn!(retry_in_ms = backoff.as_millis(), "{error}");
-                pause(shared, wakeups, backoff.mul_f64(0.5 + fastrand::f64() / 2.0));
-                backoff = (backoff * 2).min(BACKOFF_LIMIT);
+                tracing::warn!(retry_in_ms = course.backoff.as_millis(), "{error}");
+                pause(shared, wakeups, course.backoff.mul_f64(0.5 + fastrand::f64() / 2.0));
+                course.backoff = (course.backoff * 2).min(BACKOFF_LIMIT);
             }
         }
     }
@@ -124,34 +139,36 @@ struct Session<'a> {
     /// Scratch for acknowledgements.
     acknowledged: Vec<Ticket>,
     ignored_before: u64,
+    /// Whether rows have come since the last nap.
+    busy: bool,
+    /// When Kafka last acknowledged something, or a while had passed with nothing to do.
+    well_at: Option<Duration>,
 }
 
 /// Ends well only when a stop was asked for.
-fn session(shared: &Shared, wakeups: &Wakeups) -> Result<(), Error> {
+fn session(shared: &Shared, wakeups: &Wakeups, course: &mut Course) -> Result<(), Error> {
     let settings = &*shared.settings;
-    let mut connection = Connection::connect(&settings.postgres, Purpose::Sql, settings.connect_timeout)?;
-    let position = slot::verify(&mut connection, settings)?;
-    drop(connection);
-    let stream = ReplicationStream::start(
-        &settings.postgres,
-        &settings.slot,
-        &settings.publication,
-        settings.connect_timeout,
-    )?;
-    let producer = Producer::new(&settings.kafka, shared.waker.clone(), shared.metrics.clone())?;
+    if settings.create_slot && course.first {
+        slot::init(settings)?;
+    }
+    course.first = false;
+    let (stream, position) = take_slot(settings)?;
+    let producer =
+        Producer::new(&settings.kafka, course.batch, shared.waker.clone(), shared.metrics.clone())?;
     let options = Options {
         table: settings.table.clone(),
         topic: settings.topic.clone(),
         in_flight_limit_bytes: settings.in_flight_limit_bytes,
         status_interval: status_interval(position.wal_sender_timeout_ms),
-        silence_limit: settings.silence_limit,
+        // The server may be busy decoding, and looks at our requests for a reply no sooner than it would care.
+        silence_limit: settings.silence_limit.max(Duration::from_millis(position.wal_sender_timeout_ms)),
     };
     shared.metrics.sessions.inc();
     shared.metrics.standby.set(0);
     shared.metrics.streaming.set(1);
     shared.health.ready("streaming");
     tracing::info!(slot = settings.slot, confirmed_lsn = %position.confirmed, "streaming");
-    let session = Session {
+    let mut session = Session {
         shared,
         wakeups,
         started: Instant::now(),
@@ -161,8 +178,34 @@ fn session(shared: &Shared, wakeups: &Wakeups) -> Result<(), Error> {
         pending: None,
         acknowledged: Vec::new(),
         ignored_before: 0,
+        busy: false,
+        well_at: None,
     };
-    session.run()
+    let result = session.run();
+    // Only what went well proves that the cause is gone: a session alone may fail at once, for ever.
+    if session.well_at.is_some() {
+        (course.backoff, course.unwell_since) = (BACKOFF_FIRST, None);
+    }
+    result.and_then(|()| session.finish())
+}
+
+/// Takes the slot, then looks at where it stands: before, another process could still move it.
+fn take_slot(settings: &Settings) -> Result<(ReplicationStream, Position), Error> {
+    let mut connection = Connection::connect(&settings.postgres, Purpose::Sql, settings.connect_timeout)?;
+    let stream = ReplicationStream::start(
+        &settings.postgres,
+        &settings.slot,
+        &settings.publication,
+        settings.connect_timeout,
+    );
+    match stream {
+        Ok(stream) => Ok((stream, slot::verify(&mut connection, settings)?)),
+        // What the server refuses in few words, a look at the slot explains.
+        Err(e) if matches!(e.kind.policy(), Policy::Stop(_)) => {
+            slot::verify(&mut connection, settings).and(Err(e))
+        }
+        Err(e) => Err(e),
+    }
 }
 
 /// A third of what the server waits for, so that one lost update is not the end.
@@ -178,7 +221,8 @@ impl Session<'_> {
         self.started.elapsed()
     }
 
-    fn run(mut self) -> Result<(), Error> {
+    /// Ends well when a stop was asked for and all is drained, or the grace for it is over.
+    fn run(&mut self) -> Result<(), Error> {
         // When the stop was asked for.
         let mut draining: Option<Duration> = None;
         loop {
@@ -186,7 +230,6 @@ impl Session<'_> {
             if self.shared.stopping() {
                 let since = *draining.get_or_insert_with(|| self.now());
                 if self.is_drained() || self.now() >= since + self.shared.settings.drain_grace {
-                    self.finish();
                     return Ok(());
                 }
                 self.shared.health.not_ready("draining", "");
@@ -194,12 +237,13 @@ impl Session<'_> {
             self.feed_back()?;
             // A transaction that has been read in part is read to its end even while draining: only then can
             // what Kafka has of it be confirmed, and need not be repeated.
-            let read = (draining.is_none() || self.relay.is_in_transaction()) && self.relay.wants_input();
-            let progressed =
-                if self.pending.is_some() { self.retry_pending()? } else { read && self.read()? };
+            let wanted = draining.is_none() || self.relay.is_in_transaction();
+            let read = wanted && self.pending.is_none() && self.relay.wants_input();
+            self.relay.set_listening(read, self.now());
+            let progressed = if read { self.read()? } else { self.retry_pending()? };
             self.tell();
             if !progressed {
-                self.wait(read && self.pending.is_none());
+                self.wait(read);
             }
         }
     }
@@ -207,62 +251,71 @@ impl Session<'_> {
     /// Takes what Kafka has acknowledged.
     fn settle(&mut self) -> Result<(), Error> {
         self.producer.take_reports(&mut self.acknowledged)?;
-        if self.acknowledged.is_empty() {
-            return Ok(());
-        }
         let now = self.now();
         for ticket in &self.acknowledged {
-            self.relay.handle_settled(*ticket, now)?;
+            self.relay.handle_settled(*ticket)?;
         }
         self.shared.metrics.acknowledged.inc_by(self.acknowledged.len() as u64);
-        self.shared.metrics.kafka_up.set(1);
+        let idle = self.pending.is_none() && self.relay.progress().in_flight_records() == 0;
+        if !self.acknowledged.is_empty() || (idle && now >= WELL_AFTER) {
+            self.well_at = Some(now);
+        }
+        let unwell = now.saturating_sub(self.well_at.unwrap_or_default());
+        if !idle && self.shared.settings.give_up_after.is_some_and(|limit| unwell >= limit) {
+            let what = format!("Kafka has acknowledged nothing for {} s", unwell.as_secs());
+            return Err(Error::new(Kind::GaveUp, what));
+        }
         Ok(())
     }
 
     /// Sends the status update that is due, and notices a silent server.
     fn feed_back(&mut self) -> Result<(), Error> {
         let now = self.now();
-        if let Some(status) = self.relay.take_status(now) {
-            self.stream.send_status(status)?;
-        } else if self.stream.wants_write() {
+        if self.stream.wants_write() {
             self.stream.flush()?;
         }
+        if !self.stream.wants_write()
+            && let Some(status) = self.relay.take_status(now)
+        {
+            self.stream.send_status(status)?;
+        }
         if self.relay.is_silent(now) {
-            let seconds = self.shared.settings.silence_limit.as_secs();
-            return Err(Error::new(
-                Kind::PostgresAway,
-                format!("the server has said nothing for {seconds} s"),
-            ));
+            return Err(Error::new(Kind::PostgresAway, "the server has said nothing for too long"));
         }
         Ok(())
     }
 
-    /// Handles what was read, then reads once more. Whether there was anything.
+    /// Handles what was read and reads more, until the socket is empty or something else is due. Whether there
+    /// was anything.
     fn read(&mut self) -> Result<bool, Error> {
         for _ in 0..EVENTS_PER_ROUND {
             let now = self.started.elapsed();
             match self.stream.next_event()? {
                 None => {
-                    let more = self.stream.fill()?;
-                    if more && self.relay.progress().in_flight_records() > 0 {
-                        std::thread::sleep(NAP);
+                    if !self.stream.fill()? {
+                        // Drained. Under load, let the server gather rows into its next write.
+                        let nap = std::mem::take(&mut self.busy);
+                        if nap {
+                            std::thread::sleep(NAP);
+                        }
+                        return Ok(nap);
                     }
-                    return Ok(more);
                 }
                 Some(Event::Keepalive { wal_end, reply_requested }) => {
                     self.relay.handle_keepalive(wal_end, reply_requested, now);
                 }
                 Some(Event::Wal { start, message }) => {
+                    self.busy = true;
                     if let Some(record) = self.relay.handle_wal(start, message, now)? {
-                        self.shared.metrics.records.inc();
-                        if !offer(&mut self.producer, &record)? {
+                        if !self.producer.offer(&record)? {
                             self.pending = Some((record.ticket, message.to_vec()));
                             return Ok(true);
                         }
+                        self.shared.metrics.records.inc();
                     }
                 }
             }
-            if !self.relay.wants_input() {
+            if !self.relay.wants_input() || now >= self.relay.next_deadline() {
                 break;
             }
         }
@@ -271,9 +324,10 @@ impl Session<'_> {
 
     fn retry_pending(&mut self) -> Result<bool, Error> {
         let Some((ticket, message)) = &self.pending else { return Ok(false) };
-        let taken = offer(&mut self.producer, &self.relay.repeat(*ticket, message)?)?;
+        let taken = self.producer.offer(&self.relay.repeat(*ticket, message)?)?;
         if taken {
             self.pending = None;
+            self.shared.metrics.records.inc();
         }
         Ok(taken)
     }
@@ -286,24 +340,21 @@ impl Session<'_> {
 
     /// Waits for whatever comes first.
     fn wait(&self, read: bool) {
-        let now = self.now();
-        let mut timeout = self.relay.next_deadline().saturating_sub(now).min(STATUS_INTERVAL);
+        let write = self.stream.wants_write();
+        // A status update that is due waits for the socket to take the one before it.
+        let deadline =
+            if write { STATUS_INTERVAL } else { self.relay.next_deadline().saturating_sub(self.now()) };
+        let mut timeout = deadline.min(STATUS_INTERVAL);
         if self.pending.is_some() || self.shared.stopping() {
             timeout = timeout.min(PENDING_RETRY);
         }
-        self.wakeups.wait_with(self.stream.fd(), read, self.stream.wants_write(), timeout);
+        self.wakeups.wait_with(self.stream.fd(), read, write, timeout);
     }
 
-    /// A clean end: the last status, and the slot is free.
-    fn finish(mut self) {
+    /// The end that was asked for: the last status, and the slot is free.
+    fn finish(mut self) -> Result<(), Error> {
         let left = self.relay.progress().in_flight_records();
         let status = self.relay.final_status(self.now());
-        if left > 0 {
-            tracing::warn!(
-                records = left,
-                "stopped before Kafka acknowledged everything; the rest is read again at the next start"
-            );
-        }
         let told = self.stream.finish(status);
         self.shared.metrics.streaming.set(0);
         tracing::info!(confirmed_lsn = %status.confirmed, "stopped");
@@ -312,6 +363,12 @@ impl Session<'_> {
                 "the server may not know the last confirmed LSN, and would repeat what it covers: {e}"
             );
         }
+        if left > 0 {
+            let what =
+                format!("Kafka has not acknowledged {left} records; they are read again at the next start");
+            return Err(Error::new(Kind::GaveUp, what));
+        }
+        Ok(())
     }
 
     fn tell(&mut self) {
@@ -325,12 +382,4 @@ impl Session<'_> {
         metrics.ignored_changes.inc_by(ignored - self.ignored_before);
         self.ignored_before = ignored;
     }
-}
-
-/// Hands a record to the producer, if its topic is known to exist and there is room.
-fn offer(producer: &mut Producer, record: &Outgoing<'_>) -> Result<bool, Error> {
-    if producer.look_up(record.topic)? == Topic::Unknown {
-        return Ok(false);
-    }
-    Ok(matches!(producer.enqueue(record)?, Enqueued::Yes))
 }

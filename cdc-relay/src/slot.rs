@@ -29,10 +29,7 @@ pub(crate) enum Made {
 /// # Errors
 /// Halted with the remedy, where they are not.
 pub(crate) fn verify(connection: &mut Connection, settings: &Settings) -> Result<Position, Error> {
-    if !publication_exists(connection, &settings.publication)? {
-        return Err(Error::new(Kind::Halted, format!("publication {:?} does not exist", settings.publication))
-            .hint("`cdc-relay init` creates it. Had it existed before, events written while it was gone are not in the stream"));
-    }
+    verify_publication(connection, settings)?;
     let Some(confirmed) = find_slot(connection, settings)? else {
         return Err(Error::new(Kind::Halted, format!("replication slot {:?} does not exist", settings.slot))
             .hint("`cdc-relay init` creates it. Had it existed before, events committed since its confirmed LSN will not be in the new one"));
@@ -43,8 +40,36 @@ pub(crate) fn verify(connection: &mut Connection, settings: &Settings) -> Result
     Ok(Position { confirmed, wal_sender_timeout_ms: timeout.unwrap_or(0) })
 }
 
-fn publication_exists(connection: &mut Connection, name: &str) -> Result<bool, Error> {
-    Ok(!connection.query("SELECT 1 FROM pg_publication WHERE pubname = $1", &[name])?.is_empty())
+/// The publication must publish the table's inserts: with another, everything would be confirmed and nothing
+/// published.
+fn verify_publication(connection: &mut Connection, settings: &Settings) -> Result<(), Error> {
+    let (name, table) = (&settings.publication, &settings.table);
+    let halted = |what: String, hint: String| Err(Error::new(Kind::Halted, what).hint(hint));
+    let Some(inserts) = publishes_inserts(connection, name)? else {
+        return halted(
+            format!("publication {name:?} does not exist"),
+            "`cdc-relay init` creates it. Had it existed before, events written while it was gone are not in the stream".into(),
+        );
+    };
+    if !inserts {
+        let hint = format!("let its owner run: ALTER PUBLICATION \"{name}\" SET (publish = 'insert')");
+        return halted(format!("publication {name:?} does not publish inserts"), hint);
+    }
+    let sql = "SELECT 1 FROM pg_publication_tables WHERE pubname = $1 AND schemaname = $2 AND tablename = $3";
+    if connection.query(sql, &[name, &table.schema, &table.name])?.is_empty() {
+        let (schema, table) = (&table.schema, &table.name);
+        let hint = format!(
+            "mend outbox.table, or let the publication's owner run: ALTER PUBLICATION \"{name}\" ADD TABLE \"{schema}\".\"{table}\""
+        );
+        return halted(format!("publication {name:?} does not have the table {schema}.{table}"), hint);
+    }
+    Ok(())
+}
+
+/// Whether the publication publishes inserts; None where there is no such publication.
+fn publishes_inserts(connection: &mut Connection, name: &str) -> Result<Option<bool>, Error> {
+    let rows = connection.query("SELECT pubinsert::text FROM pg_publication WHERE pubname = $1", &[name])?;
+    Ok(rows.first().map(|row| row.first().is_some_and(|v| v.as_deref() == Some("true"))))
 }
 
 /// The slot's confirmed flush LSN, or None where there is no such slot.
@@ -72,7 +97,13 @@ fn find_slot(connection: &mut Connection, settings: &Settings) -> Result<Option<
                     SELECT pg_drop_replication_slot('…') and `cdc-relay init`. Raise max_slot_wal_keep_size";
         return halted(what, hint);
     }
-    match text(confirmed).parse() {
+    let Some(confirmed) = confirmed else {
+        return Err(Error::new(
+            Kind::SlotInUse,
+            format!("slot {slot:?} is still being made by another process"),
+        ));
+    };
+    match confirmed.parse() {
         Ok(lsn) => Ok(Some(lsn)),
         Err(e) => Err(Error::new(Kind::Internal, format!("the confirmed LSN of slot {slot:?}: {e}"))),
     }
@@ -81,19 +112,24 @@ fn find_slot(connection: &mut Connection, settings: &Settings) -> Result<Option<
 /// Makes what is missing: the publication, then the slot, so that the slot's first change is already published.
 pub(crate) fn init(settings: &Settings) -> Result<(Made, Made, Lsn), Error> {
     let mut connection = Connection::connect(&settings.postgres, Purpose::Sql, settings.connect_timeout)?;
-    let publication = if publication_exists(&mut connection, &settings.publication)? {
+    let publication = if publishes_inserts(&mut connection, &settings.publication)?.is_some() {
         Made::Existed
     } else {
         create_publication(&mut connection, settings)?;
         Made::Created
     };
+    verify_publication(&mut connection, settings)?;
     if let Some(lsn) = find_slot(&mut connection, settings)? {
         return Ok((publication, Made::Existed, lsn));
     }
     let sql = "SELECT lsn FROM pg_create_logical_replication_slot($1, 'pgoutput')";
     // The server waits here for every transaction that is open, for as long as they take.
     connection.set_answer_timeout(CREATE_SLOT_TIMEOUT)?;
-    connection.query(sql, &[&settings.slot])?;
+    match connection.query(sql, &[&settings.slot]) {
+        // Another of us was first.
+        Err(e) if e.sqlstate.as_deref() == Some("42710") => {}
+        made => drop(made?),
+    }
     let lsn = find_slot(&mut connection, settings)?;
     Ok((publication, Made::Created, lsn.unwrap_or_default()))
 }

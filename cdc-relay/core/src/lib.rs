@@ -6,8 +6,10 @@ pub mod lsn;
 pub mod outbox;
 pub mod pgoutput;
 pub mod progress;
+pub mod record;
 pub mod relay;
 pub mod route;
 
 pub use lsn::Lsn;
-pub use relay::{Outgoing, Relay, StatusUpdate};
+pub use record::Outgoing;
+pub use relay::{Relay, StatusUpdate};

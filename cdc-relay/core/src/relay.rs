@@ -4,23 +4,22 @@
 //! [`Relay::take_status`] the status update to send. Time is a [`Duration`] since an arbitrary start.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::HashMap,
     fmt::{self, Write as _},
     time::Duration,
 };
 
-use serde_json::value::RawValue;
-
 use crate::{
     Lsn,
-    outbox::{Field, OutboxRow, OutboxTable, Poison, Shape},
+    outbox::{OutboxTable, Poison, Shape},
     pgoutput::{self, DecodeError, Message, Row},
     progress::{NotInFlight, Progress, Ticket},
+    record::{Outgoing, OwnHeader, PositionText, read_own_headers},
     route::TopicTemplate,
 };
 
-/// Kafka's and librdkafka's cost of a record beside its own bytes, in bytes: a round figure for the credit.
-const OVERHEAD_BYTES: usize = 256;
+/// What the scratch for a decoded payload may keep from row to row, in bytes.
+const SCRATCH_KEPT_BYTES: usize = 1 << 20;
 /// Between two status updates that only tell progress.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
 /// From the Unix epoch to Postgres' (2000-01-01), in microseconds.
@@ -38,48 +37,6 @@ pub struct Options {
     /// The server is taken for dead when nothing came for so long although we read.
     pub silence_limit: Duration,
 }
-
-/// A record for Kafka. It must be enqueued in the order in which it came, and later [settled](Relay::handle_settled).
-#[derive(Debug, Clone, Copy)]
-pub struct Outgoing<'a> {
-    pub ticket: Ticket,
-    pub topic: &'a str,
-    pub row: OutboxRow<'a>,
-    /// The commit time, in milliseconds since the Unix epoch: the record's timestamp.
-    pub committed_at_ms: i64,
-    position: &'a PositionText,
-    own_headers: &'a [OwnHeader],
-}
-
-/// A header that the row brought: its name, and its value unless that is JSON's null.
-type OwnHeader = (String, Option<String>);
-
-/// The record's identity as text, for its headers.
-#[derive(Debug, Default)]
-struct PositionText {
-    commit_lsn: String,
-    seq: String,
-}
-
-impl<'a> Outgoing<'a> {
-    /// The record's headers, in order: ours, then the row's own.
-    pub fn headers(&self) -> impl Iterator<Item = (&'a str, Option<&'a [u8]>)> {
-        let row = self.row;
-        let traceparent = row.traceparent.map(|t| ("traceparent", Some(t.as_bytes())));
-        let ours = [
-            ("id", row.id),
-            ("type", row.event_type),
-            ("aggregatetype", row.aggregate_type),
-            ("lsn", self.position.commit_lsn.as_str()),
-            ("seq", self.position.seq.as_str()),
-        ];
-        let own = self.own_headers.iter().map(|(n, v)| (n.as_str(), v.as_deref().map(str::as_bytes)));
-        ours.into_iter().map(|(name, value)| (name, Some(value.as_bytes()))).chain(traceparent).chain(own)
-    }
-}
-
-/// Names of headers that are the relay's; a row's own header of that name is left out.
-const RESERVED_HEADERS: [&str; 5] = ["id", "type", "aggregatetype", "lsn", "seq"];
 
 /// A standby status update
 /// (<https://www.postgresql.org/docs/current/protocol-replication.html>).
@@ -148,6 +105,8 @@ pub struct Relay {
     /// The shape of each relation seen; None where it is not the outbox.
     relations: HashMap<u32, Option<Shape>>,
     received: Lsn,
+    /// Whether the caller reads what the server sends.
+    listening: bool,
     last_heard: Duration,
     last_status: Duration,
     reported: Lsn,
@@ -169,6 +128,7 @@ impl Relay {
             open: None,
             relations: HashMap::new(),
             received: confirmed,
+            listening: true,
             last_heard: now,
             last_status: now,
             reported: confirmed,
@@ -287,11 +247,14 @@ impl Relay {
         let open = self.open.as_ref().ok_or(Halt::OutOfProtocol("a row outside a transaction"))?;
         let (commit_lsn, seq) = (open.commit_lsn, open.next_seq.saturating_sub(1));
         let poison = |poison| Halt::Poison { commit_lsn, seq, row_id: shape.id_of(row), poison };
+        if self.payload.capacity() > SCRATCH_KEPT_BYTES {
+            self.payload = Vec::new();
+        }
         let outbox_row = shape.read(row, &mut self.payload).map_err(poison)?;
         if !self.options.topic.render(&outbox_row, &mut self.topic) {
             return Err(poison(Poison::UnroutableTopic(self.topic.clone())));
         }
-        read_own_headers(outbox_row.headers, &mut self.own_headers).map_err(poison)?;
+        read_own_headers(&outbox_row, &mut self.own_headers).map_err(poison)?;
         let mut outgoing = Outgoing {
             ticket: Ticket(0),
             topic: &self.topic,
@@ -300,7 +263,7 @@ impl Relay {
             position: &self.position,
             own_headers: &self.own_headers,
         };
-        outgoing.ticket = ticket.unwrap_or_else(|| self.progress.begin_record(cost_bytes(&outgoing)));
+        outgoing.ticket = ticket.unwrap_or_else(|| self.progress.begin_record(outgoing.cost_bytes()));
         Ok(outgoing)
     }
 
@@ -315,11 +278,7 @@ impl Relay {
     }
 
     /// Kafka has acknowledged a record.
-    pub fn handle_settled(&mut self, ticket: Ticket, now: Duration) -> Result<(), Halt> {
-        if !self.wants_input() {
-            // Nobody listened while input was paused, so that time was not the server's silence.
-            self.last_heard = now;
-        }
+    pub fn handle_settled(&mut self, ticket: Ticket) -> Result<(), Halt> {
         self.progress.settle(ticket).map_err(Halt::UnknownTicket)
     }
 
@@ -328,15 +287,24 @@ impl Relay {
         self.progress.in_flight_bytes() < self.options.in_flight_limit_bytes
     }
 
+    /// Whether the caller reads what the server sends. While it does not, for whatever reason, the server's
+    /// silence means nothing and the watchdog rests.
+    pub fn set_listening(&mut self, listening: bool, now: Duration) {
+        if listening && !self.listening {
+            self.last_heard = now;
+        }
+        self.listening = listening;
+    }
+
     /// Whether the server has been silent for too long.
     pub fn is_silent(&self, now: Duration) -> bool {
-        self.wants_input() && now.saturating_sub(self.last_heard) >= self.options.silence_limit
+        self.listening && now.saturating_sub(self.last_heard) >= self.options.silence_limit
     }
 
     /// When [`take_status`](Self::take_status) or [`is_silent`](Self::is_silent) next has to be asked.
     pub fn next_deadline(&self) -> Duration {
         let status = self.status_deadline();
-        if self.wants_input() { status.min(self.last_heard + self.options.silence_limit) } else { status }
+        if self.listening { status.min(self.last_heard + self.options.silence_limit) } else { status }
     }
 
     fn status_deadline(&self) -> Duration {
@@ -382,37 +350,6 @@ impl Relay {
     pub fn ignored_changes(&self) -> u64 {
         self.ignored_changes
     }
-}
-
-fn cost_bytes(record: &Outgoing<'_>) -> usize {
-    let headers: usize = record.headers().map(|(n, v)| n.len() + v.map_or(0, <[u8]>::len)).sum();
-    let row = &record.row;
-    OVERHEAD_BYTES
-        + headers
-        + record.topic.len()
-        + row.aggregate_id.len()
-        + row.payload.map_or(0, <[u8]>::len)
-}
-
-/// The row's own headers: a JSON object. Text goes as it is, null as a header without a value, anything else as
-/// its JSON text.
-fn read_own_headers(json: Option<&str>, out: &mut Vec<OwnHeader>) -> Result<(), Poison> {
-    out.clear();
-    let Some(json) = json else { return Ok(()) };
-    let bad = |_| Poison::BadColumn(Field::Headers, "is not a JSON object");
-    let object: BTreeMap<String, &RawValue> = serde_json::from_str(json).map_err(bad)?;
-    for (name, raw) in object {
-        if RESERVED_HEADERS.contains(&name.as_str()) {
-            continue;
-        }
-        let value = match raw.get() {
-            "null" => None,
-            text if text.starts_with('"') => Some(serde_json::from_str(text).map_err(bad)?),
-            other => Some(other.to_owned()),
-        };
-        out.push((name, value));
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use proptest::prelude::*;
 
 use super::*;
-use crate::pgoutput::tests::encode;
+use crate::{outbox::Field, pgoutput::tests::encode};
 
 const OUTBOX: u32 = 100;
 const OTHER: u32 = 200;
@@ -65,7 +65,7 @@ fn a_row_becomes_the_record_of_the_contract() {
     let mut relay = started(Duration::ZERO);
     feed(&mut relay, &encode::begin(0x1_0000_0020, COMMITTED_AT_US));
     feed(&mut relay, &encode::delete(OTHER));
-    let bytes = row("e1", Some(r#"{"tenant":"ä","n":1.50,"gone":null,"seq":"mine"}"#));
+    let bytes = row("e1", Some(r#"{"tenant":"ä","n":1.50,"gone":null,"seq":"mine","traceparent":"mine"}"#));
     let out = relay.handle_wal(Lsn::ZERO, &bytes, Duration::ZERO).unwrap().unwrap();
     assert_eq!(
         (out.topic, out.row.aggregate_id, out.row.payload),
@@ -105,8 +105,8 @@ fn the_end_of_a_commit_is_confirmed_when_its_records_are_settled_and_not_before(
     feed(&mut relay, &encode::begin(50, 0));
     let a = feed(&mut relay, &row("a", None)).unwrap();
     let b = feed(&mut relay, &row("b", None)).unwrap();
-    relay.handle_settled(a, Duration::ZERO).unwrap();
-    relay.handle_settled(b, Duration::ZERO).unwrap();
+    relay.handle_settled(a).unwrap();
+    relay.handle_settled(b).unwrap();
     // A keepalive in the middle of a transaction says nothing about the transaction.
     relay.handle_keepalive(Lsn(1000), false, Duration::ZERO);
     assert_eq!(relay.progress().confirmed(), Lsn(1));
@@ -124,9 +124,9 @@ fn a_keepalive_is_not_confirmed_while_anything_is_in_flight() {
     feed(&mut relay, &encode::commit(50, 60, 0));
     relay.handle_keepalive(Lsn(1000), false, Duration::ZERO);
     assert_eq!(relay.progress().confirmed(), Lsn(1));
-    relay.handle_settled(a, Duration::ZERO).unwrap();
+    relay.handle_settled(a).unwrap();
     assert_eq!(relay.progress().confirmed(), Lsn(60));
-    assert!(matches!(relay.handle_settled(a, Duration::ZERO), Err(Halt::UnknownTicket(_))));
+    assert!(matches!(relay.handle_settled(a), Err(Halt::UnknownTicket(_))));
 }
 
 #[test]
@@ -140,6 +140,7 @@ fn input_pauses_at_the_bound_and_status_updates_go_on() {
     let limit = relay.options.in_flight_limit_bytes;
     assert!(relay.progress().in_flight_bytes() < limit + 1024);
     let mut now = Duration::ZERO;
+    relay.set_listening(false, now);
     for _ in 0..100 {
         let deadline = relay.next_deadline();
         assert!(deadline > now && deadline <= now + relay.options.status_interval);
@@ -147,9 +148,12 @@ fn input_pauses_at_the_bound_and_status_updates_go_on() {
         assert!(relay.take_status(now).is_some());
         assert!(!relay.is_silent(now), "the watchdog rests while nobody listens");
     }
-    relay.handle_settled(tickets[0], now).unwrap();
+    relay.handle_settled(tickets[0]).unwrap();
+    relay.set_listening(true, now);
     assert!(relay.wants_input() && !relay.is_silent(now));
-    assert!(relay.is_silent(now + relay.options.silence_limit));
+    let silent_at = now + relay.options.silence_limit;
+    relay.set_listening(true, silent_at);
+    assert!(relay.is_silent(silent_at), "listening on is not hearing");
 }
 
 #[test]
@@ -240,7 +244,7 @@ proptest! {
             prop_assert!(relay.progress().confirmed().0 < bound);
             if unsettled.is_empty() { break; }
             let ticket = unsettled.remove(choice.index(unsettled.len()));
-            relay.handle_settled(ticket, Duration::ZERO).unwrap();
+            relay.handle_settled(ticket).unwrap();
         }
         prop_assert!(unsettled.is_empty());
         prop_assert_eq!(relay.progress().confirmed(), Lsn(last));

@@ -1,9 +1,12 @@
 //! `cdc-relay run`: the threads, and their order of starting and stopping.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering},
-    mpsc,
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
+    time::Duration,
 };
 
 use service::{Failure, Health, exit::Kind, health, metrics, shutdown::Shutdown};
@@ -11,18 +14,17 @@ use service::{Failure, Health, exit::Kind, health, metrics, shutdown::Shutdown};
 use crate::{
     admin::Metrics,
     config::Settings,
-    error::Error,
     monitor,
     pipeline::{self, Shared},
-    slot, wait,
+    wait,
 };
+
+/// How long a stop waits for what has nothing to save.
+const LEAVE_GRACE: Duration = Duration::from_secs(3);
 
 /// Streams until a stop is asked for or an error ends the process.
 pub(super) fn run(settings: Settings) -> Result<(), Failure> {
     service::logs::init(&settings.log)?;
-    if settings.create_slot {
-        slot::init(&settings).map_err(Error::into_failure)?;
-    }
     let internal =
         |what: &str, e: std::io::Error| Failure::new(Kind::Internal, format!("cannot {what}: {e}"));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
@@ -35,7 +37,7 @@ pub(super) fn run(settings: Settings) -> Result<(), Failure> {
         waker,
         stop: Arc::new(AtomicBool::new(false)),
     };
-    runtime.block_on(async {
+    let result = runtime.block_on(async {
         let listener = health::bind(&shared.settings.listen).await?;
         let mut registry = metrics::registry("cdc_relay");
         shared.metrics.register(&mut registry);
@@ -58,14 +60,24 @@ pub(super) fn run(settings: Settings) -> Result<(), Failure> {
         shutdown.requested().await;
         shared.stop.store(true, Ordering::Relaxed);
         shared.waker.wake();
-        let result = join(pipeline).await;
+        // A connection attempt that hangs is not waited for: nothing is lost by leaving it.
+        let grace = shared.settings.drain_grace + LEAVE_GRACE;
+        let result = tokio::time::timeout(grace, join(pipeline)).await;
         drop(stop_monitor);
-        let watched = join(monitor).await;
+        let watched = tokio::time::timeout(LEAVE_GRACE, join(monitor)).await;
         http_trigger.request();
-        let served =
-            http.await.unwrap_or_else(|e| Err(Failure::new(Kind::Internal, format!("the HTTP server: {e}"))));
-        result?.and(watched).and(served)
-    })
+        let served = tokio::time::timeout(LEAVE_GRACE, http).await;
+        result.unwrap_or(Ok(Ok(())))??;
+        watched.unwrap_or(Ok(()))?;
+        match served {
+            Ok(Ok(served)) => served,
+            Ok(Err(e)) => Err(Failure::new(Kind::Internal, format!("the HTTP server: {e}"))),
+            // A client that holds its connection open.
+            Err(_) => Ok(()),
+        }
+    });
+    runtime.shutdown_background();
+    result
 }
 
 fn spawn<T: Send + 'static>(

@@ -148,7 +148,7 @@ fn text_row(body: &[u8]) -> io::Result<TextRow> {
 }
 
 /// The fields of an `ErrorResponse` that we tell: SQLSTATE and message.
-fn error_fields(body: &[u8]) -> (String, String) {
+pub(super) fn error_fields(body: &[u8]) -> (String, String) {
     let field = |tag: u8| {
         let found = body.split(|b| *b == 0).find(|f| f.first() == Some(&tag));
         found.map_or_else(String::new, |f| String::from_utf8_lossy(&f[1..]).into_owned())

@@ -9,7 +9,7 @@ use std::{
 use relay_core::{Lsn, StatusUpdate};
 
 use super::{
-    connection::{Connection, server_error},
+    connection::{Connection, error_fields, server_error},
     conninfo::ConnInfo,
     handshake::Purpose,
     wire::{Fill, Wire},
@@ -96,12 +96,9 @@ impl ReplicationStream {
         Ok(self.wire.fill().map_err(|e| stream_failed(&e))? == Fill::Data)
     }
 
-    /// Sends a status update that asks for a reply. If an earlier one is still waiting for the socket to take
-    /// it, that one is enough.
+    /// Sends a status update that asks for a reply.
     pub(crate) fn send_status(&mut self, status: StatusUpdate) -> Result<(), Error> {
-        if !self.wire.wants_write() {
-            put_status(&mut self.wire.out, status);
-        }
+        put_status(&mut self.wire.out, status);
         self.flush()
     }
 
@@ -162,9 +159,24 @@ fn other_frame(tag: u8, body: &[u8]) -> Result<(), Error> {
         b'E' => Err(server_error(body)),
         // CopyDone, CommandComplete: the server ends the stream, as it does when it shuts down.
         b'c' | b'C' | b'Z' => Err(Error::new(Kind::PostgresAway, "the server ended the replication stream")),
-        // Notices and parameters.
+        b'N' => notice(body),
+        // Parameters.
         _ => Ok(()),
     }
+}
+
+/// From version 18 on, the server only warns when the publication did not exist at a point in the log, and goes
+/// on without the changes made there.
+fn notice(body: &[u8]) -> Result<(), Error> {
+    let (sqlstate, message) = error_fields(body);
+    tracing::warn!(sqlstate, "Postgres says: {message}");
+    if sqlstate != "55000" {
+        return Ok(());
+    }
+    Err(Error::new(Kind::Halted, format!("the server leaves changes out of the stream: {message}")).hint(
+        "the publication was dropped while rows were written. What was inserted until it was there again has to be taken \
+         from the outbox table by hand; then SELECT pg_drop_replication_slot('…') and `cdc-relay init`",
+    ))
 }
 
 fn copy_data(body: &[u8]) -> Result<Event<'_>, Error> {

@@ -138,6 +138,117 @@ fn a_record_that_the_broker_refuses_halts_and_nothing_behind_it_is_confirmed() {
 }
 
 #[test]
+fn rows_that_fit_are_published_although_a_batch_of_them_does_not() {
+    let (mut database, topic) = (Database::new(), Topic::new(1, &[("max.message.bytes", "10000")]));
+    init(&database);
+    database.insert(&topic.kind, 0, 2000);
+    let relay = Relay::start(&database, &[("CDC_RELAY_KAFKA__PROPERTIES__LINGER_MS", "100")]);
+    assert_complete_and_ordered(&topic.read(2000), 2000);
+    assert!(relay.log().contains("batch.size"), "{}", relay.log());
+    relay.stop();
+}
+
+#[test]
+fn a_record_that_the_topic_refuses_for_its_age_halts() {
+    let (mut database, topic) = (Database::new(), Topic::new(1, &[("message.timestamp.before.max.ms", "1")]));
+    init(&database);
+    database.insert(&topic.kind, 0, 1);
+    let mut relay = Relay::spawn(&database, &[]);
+    assert_eq!(relay.wait().code(), Some(65), "{}", relay.log());
+    assert!(relay.log().contains("message.timestamp.before.max.ms"), "{}", relay.log());
+}
+
+#[test]
+fn a_publication_that_is_dropped_while_rows_are_written_halts_and_confirms_none_of_them() {
+    let (mut database, topic) = (Database::new(), Topic::new(1, &[]));
+    init(&database);
+    let mut relay = Relay::start(&database, &[]);
+    database.run("DROP PUBLICATION cdc_relay");
+    database.insert(&topic.kind, 0, 1);
+    let lsn = database.current_lsn();
+    assert_eq!(relay.wait().code(), Some(65), "{}", relay.log());
+    assert!(relay.log().contains("publication"), "{}", relay.log());
+    assert!(database.unconfirmed_bytes(&lsn) > 0);
+    // It is back, but was not there where the row is in the log.
+    database.run("CREATE PUBLICATION cdc_relay FOR TABLE outbox WITH (publish = 'insert')");
+    let mut relay = Relay::spawn(&database, &[]);
+    assert_eq!(relay.wait().code(), Some(65), "{}", relay.log());
+    assert!(database.unconfirmed_bytes(&lsn) > 0);
+}
+
+#[test]
+fn a_publication_without_the_tables_inserts_is_refused_before_anything_is_confirmed() {
+    let mut database = Database::new();
+    init(&database);
+    database.run("CREATE TABLE another (n int)");
+    let before = database.current_lsn();
+    let slot = database.slot.clone();
+    let confirmed =
+        format!("SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name = '{slot}'");
+    let at = database.text(&confirmed);
+    for (change, said) in [
+        ("ALTER PUBLICATION cdc_relay SET (publish = 'update')", "does not publish inserts"),
+        (
+            "ALTER PUBLICATION cdc_relay SET (publish = 'insert'); ALTER PUBLICATION cdc_relay SET TABLE another",
+            "does not have the table public.outbox",
+        ),
+    ] {
+        database.run(change);
+        let mut relay = Relay::spawn(&database, &[]);
+        assert_eq!(relay.wait().code(), Some(65), "{}", relay.log());
+        assert!(relay.log().contains(said), "{}", relay.log());
+        assert_eq!(database.text(&confirmed), at, "the log was at {before}");
+    }
+}
+
+#[test]
+fn the_servers_silence_means_nothing_while_kafka_keeps_us_from_listening() {
+    let (mut database, topic) = (Database::new(), Topic::new(1, &[]));
+    init(&database);
+    database.insert(&topic.kind, 0, 10);
+    let relay = Relay::start(
+        &database,
+        &[("CDC_RELAY_KAFKA__BROKERS", "127.0.0.1:1"), ("CDC_RELAY_POSTGRES__SILENCE_TIMEOUT_SECONDS", "1")],
+    );
+    let up_for = |seconds: f64| relay.metric("cdc_relay_process_uptime_seconds").filter(|s| *s > seconds);
+    eventually("five silence time-outs have passed", || up_for(5.0));
+    assert_eq!(relay.metric("cdc_relay_sessions_total"), Some(1.0), "{}", relay.log());
+    relay.kill();
+}
+
+#[test]
+fn without_kafka_the_relay_gives_up_after_the_configured_time_and_a_stop_is_told_as_unclean() {
+    let (mut database, topic) = (Database::new(), Topic::new(1, &[]));
+    init(&database);
+    database.insert(&topic.kind, 0, 10);
+    let nobody = ("CDC_RELAY_KAFKA__BROKERS", "127.0.0.1:1");
+    let mut relay = Relay::spawn(&database, &[nobody, ("CDC_RELAY_POSTGRES__GIVE_UP_SECONDS", "2")]);
+    assert_eq!(relay.wait().code(), Some(75), "{}", relay.log());
+    let mut relay = Relay::start(&database, &[nobody, ("CDC_RELAY_LIMITS__DRAIN_SECONDS", "1")]);
+    eventually("a record waits", || relay.metric("cdc_relay_in_flight_records").filter(|n| *n > 0.0));
+    relay.signal(rustix::process::Signal::TERM);
+    assert_eq!(relay.wait().code(), Some(75), "{}", relay.log());
+    let relay = Relay::start(&database, &[]);
+    assert_complete_and_ordered(&topic.read(10), 10);
+    relay.stop();
+}
+
+#[test]
+fn two_relays_that_may_make_the_slot_make_one() {
+    let (mut database, topic) = (Database::new(), Topic::new(1, &[]));
+    let make = [("CDC_RELAY_POSTGRES__CREATE_SLOT", "true")];
+    let (mut a, mut b) = (Relay::spawn(&database, &make), Relay::spawn(&database, &make));
+    let streaming = |relay: &Relay| relay.metric("cdc_relay_streaming") == Some(1.0);
+    eventually("one of them streams", || (streaming(&a) || streaming(&b)).then_some(()));
+    let standby = if streaming(&a) { &mut b } else { &mut a };
+    standby.wait_for_state("standby");
+    database.insert(&topic.kind, 0, 10);
+    assert_complete_and_ordered(&topic.read(10), 10);
+    a.stop();
+    b.stop();
+}
+
+#[test]
 fn a_broker_that_is_not_there_is_waited_for_within_bounds() {
     let (mut database, topic) = (Database::new(), Topic::new(1, &[]));
     init(&database);
@@ -148,7 +259,10 @@ fn a_broker_that_is_not_there_is_waited_for_within_bounds() {
     );
     database.insert(&topic.kind, 0, 2000);
     let lsn = database.current_lsn();
-    eventually("the relay has noticed", || relay.metric("cdc_relay_kafka_up").filter(|up| *up == 0.0));
+    eventually("the relay has said so", || {
+        relay.log().contains("no Kafka broker can be reached").then_some(())
+    });
+    eventually("the metric says so", || relay.metric("cdc_relay_kafka_up").filter(|up| *up == 0.0));
     assert!(relay.metric("cdc_relay_in_flight_bytes").unwrap() <= 65_536.0 + 1024.0);
     assert!(database.unconfirmed_bytes(&lsn) > 0);
     relay.kill();
