@@ -6,7 +6,7 @@ use service::{Failure, Health, health, metrics, shutdown::Shutdown};
 use tokio::net::TcpListener;
 
 use crate::{
-    admin::Metrics, assignment::Assignment, config::Settings, dlq::DeadLetters, group, run::Shared,
+    assignment::Assignment, config::Settings, dlq::DeadLetters, group, metrics::Metrics, run::Shared,
     store::Store,
 };
 

@@ -206,7 +206,7 @@ impl Assignment {
             return Err(Failure::new(Kind::Internal, "the group's thread ended by itself (see the log)"));
         }
         let partitions: Vec<Arc<Partition>> = self.running.values().map(|r| r.partition.clone()).collect();
-        self.shared.metrics.partitions(&partitions);
+        admin::measure(&self.shared.metrics, &partitions);
         let joined = !self.running.is_empty()
             || matches!(self.consumer.rebalance_protocol(), RebalanceProtocol::Cooperative);
         let kafka = self.consumer.context().last_error();

@@ -10,6 +10,7 @@ mod event;
 mod group;
 mod handlers;
 mod inbox;
+mod metrics;
 mod noise;
 mod run;
 mod store;

@@ -22,12 +22,12 @@ use tokio::{
 };
 
 use crate::{
-    admin::Metrics,
     config::Limits,
     decide::{Cause, Decision, Poison, decide},
     dlq::{DeadLetters, Letter},
     event::{self, Event},
     group::{Context, PartitionId},
+    metrics::Metrics,
     store::Store,
 };
 

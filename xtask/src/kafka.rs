@@ -11,8 +11,8 @@ use std::{
 use tokio::process::Command;
 
 use crate::{
+    ending,
     failure::{Explain, Failure, Result},
-    keeper,
     layout::Layout,
     logs,
     ports::Ports,
@@ -88,7 +88,7 @@ impl Kafka<'_> {
         for (id, mut child) in formatting {
             let status = child.wait().await.explain(|| "wait for Kafka's storage tool".to_owned())?;
             if !status.success() {
-                let why = format!("Kafka's storage tool could not format: {}", keeper::describe(status));
+                let why = format!("Kafka's storage tool could not format: {}", ending::describe(status));
                 return Err(logs::with_tail(Failure::new(why), &self.layout.log(&format!("kafka-{id}"))));
             }
         }

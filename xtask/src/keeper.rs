@@ -1,6 +1,6 @@
 //! Keeps one process running: one task per process, which owns its child.
 
-use std::{os::unix::process::ExitStatusExt, pin::pin, process::ExitStatus, sync::Arc, time::Duration};
+use std::{pin::pin, process::ExitStatus, sync::Arc, time::Duration};
 
 use rustix::process::Signal;
 use tokio::{
@@ -12,6 +12,7 @@ use tokio::{
 use crate::{
     backoff::{Backoff, HEALTHY_AFTER},
     desk::Desk,
+    ending,
     identity::{self, Identity},
     postgres,
     spec::{Layer, Spec},
@@ -100,7 +101,7 @@ async fn life(spec: &Spec, desk: &Desk, orders: &mut mpsc::Receiver<Asked>, back
         tokio::select! {
             status = child.wait() => {
                 let code = status.as_ref().ok().and_then(ExitStatus::code);
-                let why = status.map_or_else(|error| error.to_string(), describe);
+                let why = status.map_or_else(|error| error.to_string(), ending::describe);
                 return died(spec, desk, backoff, pid, &why, code);
             }
             () = &mut probe, if !ready => {
@@ -201,36 +202,4 @@ fn wait(spec: &Spec, desk: &Desk, backoff: &mut Backoff, why: &str) -> Next {
     ));
     desk.now(&spec.name, Phase::Waiting { why: why.to_owned() });
     Next::Wait(delay)
-}
-
-/// How a process ended, in words.
-pub(crate) fn describe(status: ExitStatus) -> String {
-    match (status.code(), status.signal()) {
-        (Some(code), _) => format!("exit code {code}"),
-        (None, Some(number)) => {
-            let name = match number {
-                1 => " (SIGHUP)",
-                2 => " (SIGINT)",
-                6 => " (SIGABRT)",
-                9 => " (SIGKILL)",
-                11 => " (SIGSEGV)",
-                15 => " (SIGTERM)",
-                _ => "",
-            };
-            format!("killed by signal {number}{name}")
-        }
-        (None, None) => "ended".to_owned(),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_end_is_told_by_code_or_signal() {
-        assert_eq!(describe(ExitStatus::from_raw(70 << 8)), "exit code 70");
-        assert_eq!(describe(ExitStatus::from_raw(9)), "killed by signal 9 (SIGKILL)");
-        assert_eq!(describe(ExitStatus::from_raw(31)), "killed by signal 31");
-    }
 }

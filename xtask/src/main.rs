@@ -6,6 +6,7 @@ mod control;
 mod crew;
 mod desk;
 mod down;
+mod ending;
 mod endpoints;
 mod failure;
 mod identity;

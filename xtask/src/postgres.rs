@@ -12,10 +12,10 @@ use rustix::process::Signal;
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 
 use crate::{
-    cli,
+    cli, ending,
     endpoints::database,
     failure::{Explain, Failure, Result},
-    identity, keeper,
+    identity,
     layout::Layout,
     maven, ports,
     prerequisites::on_path,
@@ -148,7 +148,7 @@ fn init(layout: &Layout, installation: &Installation, cluster: &Path) -> Result<
     }
     let status = initdb.status().explain(|| "start initdb".to_owned())?;
     if !status.success() {
-        let why = format!("initdb failed: {}", keeper::describe(status));
+        let why = format!("initdb failed: {}", ending::describe(status));
         return Err(crate::logs::with_tail(Failure::new(why), &log_path));
     }
     let main = new.join("postgresql.conf");

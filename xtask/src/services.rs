@@ -7,9 +7,9 @@ use std::{
 };
 
 use crate::{
+    ending,
     endpoints::{bootstrap, database},
     failure::{Explain, Failure, Result},
-    keeper,
     layout::Layout,
     logs,
     ports::{Instance, Ports},
@@ -43,7 +43,7 @@ pub(crate) fn build(layout: &Layout, progress: &Progress) -> Result<()> {
     let since = std::time::Instant::now();
     let status = cargo.stdin(Stdio::null()).status().explain(|| "start cargo".to_owned())?;
     if !status.success() {
-        return Err(Failure::new(format!("the build failed: {}", keeper::describe(status)))
+        return Err(Failure::new(format!("the build failed: {}", ending::describe(status)))
             .hint("a C toolchain, make and perl are needed: apt-get install build-essential perl"));
     }
     progress.line(&format!("  built ({:.1} s)", since.elapsed().as_secs_f64()));
@@ -120,6 +120,9 @@ pub(crate) fn spec(layout: &Layout, ports: &Ports, instance: &Instance) -> Resul
                 ("CONSUMER_KAFKA__BROKERS", kafka),
                 ("CONSUMER_POSTGRES__URL", database(ports.postgres, "consumer", "consumers")),
                 ("CONSUMER_CONSUMER__HANDLER", handler.to_owned()),
+                // A static member: one that was killed has its partitions back at once, instead of after the
+                // session's time-out.
+                ("CONSUMER_KAFKA__PROPERTIES__GROUP_INSTANCE_ID", instance.name.clone()),
             ],
         ),
     };
@@ -166,5 +169,5 @@ pub(crate) async fn init_relay(layout: &Layout, ports: &Ports) -> Result<()> {
     if status.success() {
         return Ok(());
     }
-    Err(logs::with_tail(Failure::new(format!("cdc-relay init failed: {}", keeper::describe(status))), &path))
+    Err(logs::with_tail(Failure::new(format!("cdc-relay init failed: {}", ending::describe(status))), &path))
 }

@@ -16,9 +16,8 @@ use tokio::{
 
 use crate::{
     cli::{self, Place, Ports, Up},
-    down,
+    down, ending,
     failure::{Explain, Failure, Result},
-    keeper,
     layout::Layout,
     maven, postgres, prerequisites,
     progress::Progress,
@@ -143,7 +142,7 @@ async fn run(args: &cli::Test, home: &Layout, stack: &mut Stack) -> Result<(Coun
     }
     let status = child.wait().await.explain(|| "wait for cargo".to_owned())?;
     if !status.success() {
-        eprintln!("cargo test: {}", keeper::describe(status));
+        eprintln!("cargo test: {}", ending::describe(status));
         // A test binary that crashed tells no result.
         count.failed = count.failed.max(1);
     }

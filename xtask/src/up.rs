@@ -12,10 +12,10 @@ use tokio::io::{AsyncBufReadExt, BufReader};
 
 use crate::{
     cli::Up,
-    down,
+    down, ending,
     endpoints::Endpoints,
     failure::{Explain, Failure, Result},
-    identity, keeper,
+    identity,
     layout::Layout,
     logs, maven, ports, postgres, prerequisites,
     progress::Progress,
@@ -169,7 +169,7 @@ async fn detach(layout: &Layout, progress: &Progress) -> Result<()> {
     }
     let status = supervisor.wait().await.explain(|| "wait for the supervisor".to_owned())?;
     if failure.is_empty() {
-        failure = format!("the supervisor ended: {}", keeper::describe(status));
+        failure = format!("the supervisor ended: {}", ending::describe(status));
     }
     Err(Failure::new(failure).hint(format!("more in {}", log_path.display())))
 }

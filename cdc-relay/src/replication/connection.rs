@@ -7,6 +7,7 @@ use postgres_protocol::{IsNull, message::frontend};
 use super::{
     conninfo::ConnInfo,
     handshake::{self, Purpose},
+    server_error::server_error,
     wire::{Fill, Wire},
 };
 use crate::error::{Error, Kind};
@@ -145,19 +146,4 @@ fn text_row(body: &[u8]) -> io::Result<TextRow> {
         });
     }
     Ok(row)
-}
-
-/// The fields of an `ErrorResponse` that we tell: SQLSTATE and message.
-pub(super) fn error_fields(body: &[u8]) -> (String, String) {
-    let field = |tag: u8| {
-        let found = body.split(|b| *b == 0).find(|f| f.first() == Some(&tag));
-        found.map_or_else(String::new, |f| String::from_utf8_lossy(&f[1..]).into_owned())
-    };
-    (field(b'C'), field(b'M'))
-}
-
-/// An `ErrorResponse` as an error of ours.
-pub(super) fn server_error(body: &[u8]) -> Error {
-    let (sqlstate, message) = error_fields(body);
-    Error::postgres(&sqlstate, &message)
 }

@@ -13,8 +13,8 @@ use postgres_protocol::{
 };
 
 use super::{
-    connection::server_error,
     conninfo::{ConnInfo, Host, SslMode},
+    server_error::server_error,
     tls,
     transport::Transport,
     wire::Wire,

@@ -9,9 +9,10 @@ use std::{
 use relay_core::{Lsn, StatusUpdate};
 
 use super::{
-    connection::{Connection, error_fields, server_error},
+    connection::Connection,
     conninfo::ConnInfo,
     handshake::Purpose,
+    server_error::{error_fields, server_error},
     wire::{Fill, Wire},
 };
 use crate::error::{Error, Kind};

@@ -9,7 +9,7 @@ use std::{pin::Pin, str::FromStr, sync::Arc};
 use service::Failure;
 use sqlx::PgConnection;
 
-use crate::event::{Details, Event};
+use crate::event::{Change, Details, Event};
 
 /// What a handler gives back: a future, because it speaks to the database.
 pub(crate) type Applying<'a> = Pin<Box<dyn Future<Output = sqlx::Result<()>> + Send + 'a>>;
@@ -58,6 +58,23 @@ impl FromStr for Name {
     }
 }
 
+/// Opens a task for each event by `insert`, whose parameters are arrays: event ids, order ids, versions, kinds.
+async fn open_tasks(
+    transaction: &mut PgConnection,
+    insert: &'static str,
+    events: &[&Event],
+    kind: fn(&Change) -> &'static str,
+) -> sqlx::Result<()> {
+    sqlx::query(insert)
+        .bind(events.iter().map(|e| e.id).collect::<Vec<_>>())
+        .bind(events.iter().map(|e| e.order_id.as_str()).collect::<Vec<_>>())
+        .bind(events.iter().map(|e| e.version).collect::<Vec<_>>())
+        .bind(events.iter().map(|e| kind(&e.change)).collect::<Vec<_>>())
+        .execute(transaction)
+        .await
+        .map(drop)
+}
+
 /// What a batch says about one order, all its events taken together: one row to write instead of many.
 #[derive(Debug, PartialEq)]
 struct Latest<'e> {
@@ -94,7 +111,7 @@ mod tests {
     use uuid::Uuid;
 
     use super::*;
-    use crate::event::{Change, Status};
+    use crate::event::Status;
 
     fn event(order: &str, version: i64, change: Change) -> Event {
         let id = Uuid::new_v4();

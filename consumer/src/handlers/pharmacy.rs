@@ -3,7 +3,7 @@
 use serde_json::Value;
 use sqlx::PgConnection;
 
-use super::{Applying, Handler, latest};
+use super::{Applying, Handler, latest, open_tasks};
 use crate::event::{Change, Event};
 
 /// Writes `pharmacy_orders` and `pharmacy_tasks`.
@@ -37,14 +37,7 @@ impl Handler for Pharmacy {
     fn apply<'a>(&'a self, transaction: &'a mut PgConnection, events: &'a [&'a Event]) -> Applying<'a> {
         Box::pin(async move {
             write_orders(transaction, events).await?;
-            sqlx::query(INSERT_TASKS)
-                .bind(events.iter().map(|e| e.id).collect::<Vec<_>>())
-                .bind(events.iter().map(|e| e.order_id.as_str()).collect::<Vec<_>>())
-                .bind(events.iter().map(|e| e.version).collect::<Vec<_>>())
-                .bind(events.iter().map(|e| task(&e.change)).collect::<Vec<_>>())
-                .execute(transaction)
-                .await?;
-            Ok(())
+            open_tasks(transaction, INSERT_TASKS, events, task).await
         })
     }
 }
