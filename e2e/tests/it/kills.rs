@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::{
-    stack::{Api, Stack, eventually},
+    stack::{Api, Stack, eventually, tell},
     views::assert_nothing_lost,
 };
 
@@ -52,11 +52,11 @@ fn nothing_is_lost_when_everything_is_killed_in_turn() {
         "{taken} taken, {failed} failed, {} in the database",
         count.orders
     );
-    println!(
+    tell(&format!(
         "{taken} orders taken, {failed} requests failed, {} orders in Postgres, {} records in Kafka ({} repeated), {} kills: 0 lost, 0 out of order",
         count.orders,
         count.records,
         count.repeated,
         KILLS.len()
-    );
+    ));
 }

@@ -8,7 +8,7 @@ use std::{
 use rustix::process::Signal;
 
 use crate::{
-    stack::{Api, Stack},
+    stack::{Api, Stack, tell},
     views::{Database, assert_nothing_lost},
 };
 
@@ -72,11 +72,11 @@ fn a_silent_kafka_is_outlived_and_nothing_is_confirmed_that_it_has_not_acknowled
     stack.kill("kafka-1");
     let count = assert_nothing_lost(&stack);
     assert_eq!(count.orders, taken.into_inner());
-    println!(
+    tell(&format!(
         "{} orders over an outage of {} s, relay's peak memory {} MiB, {} records repeated: 0 lost, 0 confirmed early",
         count.orders,
         OUTAGE.as_secs(),
         peak_bytes >> 20,
         count.repeated
-    );
+    ));
 }

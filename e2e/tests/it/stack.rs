@@ -1,6 +1,7 @@
 //! A stack of a test's own, in a folder and on ports of its own.
 
 use std::{
+    io::Write as _,
     path::{Path, PathBuf},
     process::Command,
     sync::{Mutex, MutexGuard, PoisonError},
@@ -20,6 +21,11 @@ pub(crate) fn eventually<T>(what: &str, mut condition: impl FnMut() -> Option<T>
         assert!(Instant::now() < deadline, "waited for 180 s in vain: {what}");
         std::thread::sleep(Duration::from_millis(100));
     }
+}
+
+/// Prints a line that is seen although the test passes: cargo keeps back only what the print macros print.
+pub(crate) fn tell(line: &str) {
+    writeln!(std::io::stderr(), "{line}").unwrap();
 }
 
 /// One stack at a time: each is a machine's worth of processes.
