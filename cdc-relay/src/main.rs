@@ -8,6 +8,8 @@ mod kafka;
 mod monitor;
 mod pipeline;
 mod replication;
+mod sessions;
+mod shared;
 mod slot;
 mod wait;
 

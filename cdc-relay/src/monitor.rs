@@ -1,7 +1,10 @@
 //! A look at the slot from the outside, every few seconds, over a connection of its own.
 
 use std::{
-    sync::mpsc::{Receiver, RecvTimeoutError},
+    sync::{
+        atomic::Ordering,
+        mpsc::{Receiver, RecvTimeoutError},
+    },
     time::Duration,
 };
 
@@ -10,18 +13,29 @@ use crate::{
     config::Settings,
     error::Error,
     replication::{connection::Connection, handshake::Purpose},
+    shared::Shared,
 };
 
 const INTERVAL: Duration = Duration::from_secs(2);
+/// SQLSTATE of the server's word to a session that it ends.
+const ADMIN_SHUTDOWN: &str = "57P01";
 
 /// Watches until the sending side of `stop` is dropped.
-pub(crate) fn run(settings: &Settings, metrics: &Metrics, stop: &Receiver<()>) {
+///
+/// This connection is the first to hear of a fast shutdown: the server ends it at once, while it lets its
+/// walsenders wait for whoever reads from them. So it tells the pipeline.
+pub(crate) fn run(shared: &Shared, stop: &Receiver<()>) {
+    let (settings, metrics) = (&*shared.settings, &shared.metrics);
     let mut connection = None;
     while stop.recv_timeout(INTERVAL) == Err(RecvTimeoutError::Timeout) {
         match look(settings, metrics, &mut connection) {
             Ok(()) => drop(metrics.postgres_up.set(1)),
             Err(e) => {
                 connection = None;
+                if e.sqlstate.as_deref() == Some(ADMIN_SHUTDOWN) {
+                    shared.postgres_stops.store(true, Ordering::Relaxed);
+                    shared.waker.wake();
+                }
                 if metrics.postgres_up.set(0) != 0 {
                     tracing::warn!("the slot cannot be watched: {e}");
                 }

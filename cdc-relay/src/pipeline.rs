@@ -4,18 +4,13 @@
 //! something fails or a stop is asked for. What a failed session had not confirmed is read again by the next.
 
 use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::atomic::Ordering,
     time::{Duration, Instant},
 };
 
 use relay_core::{Relay, progress::Ticket, relay::Options};
-use service::{Failure, Health, exit};
 
 use crate::{
-    admin::Metrics,
     config::Settings,
     error::{Error, Kind, Policy},
     kafka::{Batch, Producer},
@@ -24,8 +19,9 @@ use crate::{
         handshake::Purpose,
         stream::{Event, ReplicationStream},
     },
+    shared::Shared,
     slot::{self, Position},
-    wait::{Waker, Wakeups},
+    wait::Wakeups,
 };
 
 /// After the socket was drained under load: long enough for the server to gather rows into one write, short
@@ -35,95 +31,12 @@ const NAP: Duration = Duration::from_micros(200);
 const EVENTS_PER_ROUND: usize = 1024;
 /// How soon a record that could not be enqueued is tried again.
 const PENDING_RETRY: Duration = Duration::from_millis(100);
-/// How often a standby tries the slot.
-const STANDBY_INTERVAL: Duration = Duration::from_millis(500);
+/// What is in flight may hold up a Postgres that shuts down for so long.
+const SHUTDOWN_GRACE: Duration = Duration::from_secs(5);
 /// A session that has had nothing to do for so long is well.
 const WELL_AFTER: Duration = Duration::from_secs(10);
-const BACKOFF_FIRST: Duration = Duration::from_millis(100);
-const BACKOFF_LIMIT: Duration = Duration::from_secs(5);
 /// The longest time between two status updates, whatever the server would allow.
 const STATUS_INTERVAL: Duration = Duration::from_secs(10);
-
-/// What the pipeline shares with the rest of the process.
-#[derive(Debug, Clone)]
-pub(crate) struct Shared {
-    pub(crate) settings: Arc<Settings>,
-    pub(crate) metrics: Metrics,
-    pub(crate) health: Health,
-    pub(crate) waker: Waker,
-    /// Set, and the waker woken, to ask for a stop.
-    pub(crate) stop: Arc<AtomicBool>,
-}
-
-impl Shared {
-    fn stopping(&self) -> bool {
-        self.stop.load(Ordering::Relaxed)
-    }
-}
-
-/// What one session leaves to the next.
-struct Course {
-    backoff: Duration,
-    unwell_since: Option<Instant>,
-    batch: Batch,
-    /// Whether the slot may still have to be made.
-    first: bool,
-}
-
-/// Runs sessions until a stop is asked for or an error ends the process.
-pub(crate) fn run(shared: &Shared, wakeups: &Wakeups) -> Result<(), Failure> {
-    let mut course =
-        Course { backoff: BACKOFF_FIRST, unwell_since: None, batch: Batch::default(), first: true };
-    while !shared.stopping() {
-        let Err(error) = session(shared, wakeups, &mut course) else { return Ok(()) };
-        shared.metrics.streaming.set(0);
-        shared.metrics.error(error.kind);
-        if error.kind == Kind::BatchTooLarge {
-            course.batch = course.batch.smaller(&shared.settings.kafka);
-        }
-        match error.kind.policy() {
-            Policy::Stop(_) => return Err(error.into_failure()),
-            _ if shared.stopping() => {
-                let what =
-                    format!("stopped without a clean end, what was not confirmed is read again: {error}");
-                return Err(Failure::new(exit::Kind::GaveUp, what));
-            }
-            Policy::StandBy => {
-                if shared.metrics.standby.set(1) == 0 {
-                    tracing::info!("standing by: {error}");
-                }
-                shared.health.ready("standby");
-                course.unwell_since = None;
-                wakeups.wait(STANDBY_INTERVAL);
-            }
-            Policy::Retry => {
-                let since = *course.unwell_since.get_or_insert_with(Instant::now);
-                if shared.settings.give_up_after.is_some_and(|limit| since.elapsed() >= limit) {
-                    let seconds = since.elapsed().as_secs();
-                    let what = format!("nothing went on for {seconds} s, the last error: {error}");
-                    return Err(Failure::new(exit::Kind::GaveUp, what));
-                }
-                shared.health.not_ready("reconnecting", error.message.clone());
-                tracing::warn!(retry_in_ms = course.backoff.as_millis(), "{error}");
-                pause(shared, wakeups, course.backoff.mul_f64(0.5 + fastrand::f64() / 2.0));
-                course.backoff = (course.backoff * 2).min(BACKOFF_LIMIT);
-            }
-        }
-    }
-    Ok(())
-}
-
-/// Waits for the whole time, unless a stop is asked for.
-fn pause(shared: &Shared, wakeups: &Wakeups, time: Duration) {
-    let until = Instant::now() + time;
-    while !shared.stopping() {
-        let left = until.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return;
-        }
-        wakeups.wait(left);
-    }
-}
 
 /// One session, from its first connection to its end.
 struct Session<'a> {
@@ -141,20 +54,37 @@ struct Session<'a> {
     ignored_before: u64,
     /// Whether rows have come since the last nap.
     busy: bool,
+    /// When Postgres was first seen to shut down.
+    postgres_stops_since: Option<Duration>,
     /// When Kafka last acknowledged something, or a while had passed with nothing to do.
     well_at: Option<Duration>,
 }
 
-/// Ends well only when a stop was asked for.
-fn session(shared: &Shared, wakeups: &Wakeups, course: &mut Course) -> Result<(), Error> {
-    let settings = &*shared.settings;
-    if settings.create_slot && course.first {
-        slot::init(settings)?;
+/// How a session ended.
+pub(crate) struct End {
+    /// Ok only when a stop was asked for.
+    pub(crate) result: Result<(), Error>,
+    /// Whether anything went well before: an acknowledgement, or a while with nothing to do. A session alone
+    /// proves nothing, because it may fail at once, for ever.
+    pub(crate) was_well: bool,
+}
+
+/// Runs one session to its end.
+pub(crate) fn session(shared: &Shared, wakeups: &Wakeups, batch: Batch) -> End {
+    match begin(shared, wakeups, batch) {
+        Err(error) => End { result: Err(error), was_well: false },
+        Ok(mut session) => {
+            let result = session.run();
+            let was_well = session.well_at.is_some();
+            End { result: result.and_then(|()| session.finish()), was_well }
+        }
     }
-    course.first = false;
+}
+
+fn begin<'a>(shared: &'a Shared, wakeups: &'a Wakeups, batch: Batch) -> Result<Session<'a>, Error> {
+    let settings = &*shared.settings;
     let (stream, position) = take_slot(settings)?;
-    let producer =
-        Producer::new(&settings.kafka, course.batch, shared.waker.clone(), shared.metrics.clone())?;
+    let producer = Producer::new(&settings.kafka, batch, shared.waker.clone(), shared.metrics.clone())?;
     let options = Options {
         table: settings.table.clone(),
         topic: settings.topic.clone(),
@@ -163,12 +93,13 @@ fn session(shared: &Shared, wakeups: &Wakeups, course: &mut Course) -> Result<()
         // The server may be busy decoding, and looks at our requests for a reply no sooner than it would care.
         silence_limit: settings.silence_limit.max(Duration::from_millis(position.wal_sender_timeout_ms)),
     };
+    shared.postgres_stops.store(false, Ordering::Relaxed);
     shared.metrics.sessions.inc();
     shared.metrics.standby.set(0);
     shared.metrics.streaming.set(1);
     shared.health.ready("streaming");
     tracing::info!(slot = settings.slot, confirmed_lsn = %position.confirmed, "streaming");
-    let mut session = Session {
+    Ok(Session {
         shared,
         wakeups,
         started: Instant::now(),
@@ -179,14 +110,9 @@ fn session(shared: &Shared, wakeups: &Wakeups, course: &mut Course) -> Result<()
         acknowledged: Vec::new(),
         ignored_before: 0,
         busy: false,
+        postgres_stops_since: None,
         well_at: None,
-    };
-    let result = session.run();
-    // Only what went well proves that the cause is gone: a session alone may fail at once, for ever.
-    if session.well_at.is_some() {
-        (course.backoff, course.unwell_since) = (BACKOFF_FIRST, None);
-    }
-    result.and_then(|()| session.finish())
+    })
 }
 
 /// Takes the slot, then looks at where it stands: before, another process could still move it.
@@ -237,7 +163,8 @@ impl Session<'_> {
             self.feed_back()?;
             // A transaction that has been read in part is read to its end even while draining: only then can
             // what Kafka has of it be confirmed, and need not be repeated.
-            let wanted = draining.is_none() || self.relay.is_in_transaction();
+            let wanted =
+                !self.lets_postgres_stop()? && (draining.is_none() || self.relay.is_in_transaction());
             let read = wanted && self.pending.is_none() && self.relay.wants_input();
             self.relay.set_listening(read, self.now());
             let progressed = if read { self.read()? } else { self.retry_pending()? };
@@ -246,6 +173,31 @@ impl Session<'_> {
                 self.wait(read);
             }
         }
+    }
+
+    /// Whether Postgres shuts down and waits for what is in flight. Nothing more is read then; once all of it is
+    /// acknowledged, reading goes on, and the server ends the stream by itself.
+    ///
+    /// # Errors
+    /// Kafka takes too long: the session ends, so that Postgres can.
+    fn lets_postgres_stop(&mut self) -> Result<bool, Error> {
+        if !self.shared.postgres_stops.load(Ordering::Relaxed) {
+            return Ok(false);
+        }
+        let now = self.now();
+        let since = *self.postgres_stops_since.get_or_insert(now);
+        if self.pending.is_none() && self.relay.progress().in_flight_records() == 0 {
+            self.shared.postgres_stops.store(false, Ordering::Relaxed);
+            self.postgres_stops_since = None;
+            return Ok(false);
+        }
+        if now >= since + SHUTDOWN_GRACE {
+            return Err(Error::new(
+                Kind::PostgresAway,
+                "Postgres shuts down, and Kafka has not acknowledged what is in flight in time",
+            ));
+        }
+        Ok(true)
     }
 
     /// Takes what Kafka has acknowledged.
@@ -345,7 +297,7 @@ impl Session<'_> {
         let deadline =
             if write { STATUS_INTERVAL } else { self.relay.next_deadline().saturating_sub(self.now()) };
         let mut timeout = deadline.min(STATUS_INTERVAL);
-        if self.pending.is_some() || self.shared.stopping() {
+        if self.pending.is_some() || self.shared.stopping() || self.postgres_stops_since.is_some() {
             timeout = timeout.min(PENDING_RETRY);
         }
         self.wakeups.wait_with(self.stream.fd(), read, write, timeout);

@@ -33,6 +33,18 @@ pub(crate) enum Command {
     Start(One),
     /// Start Postgres and Kafka on free ports and run `cargo test` against them
     Test(Test),
+    /// Run the relay's state machine in a simulated world that fails at random; needs no servers
+    Sim(Sim),
+}
+
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Sim {
+    /// How many worlds, by the seeds from 0 on
+    #[arg(long, value_name = "N", default_value_t = 10_000)]
+    pub seeds: u64,
+    /// This one world instead, for instance one that failed
+    #[arg(long, value_name = "SEED")]
+    pub seed: Option<u64>,
 }
 
 /// Which stack.

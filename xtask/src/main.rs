@@ -20,6 +20,7 @@ mod postgres;
 mod prerequisites;
 mod progress;
 mod services;
+mod sim;
 mod spec;
 mod state;
 mod status;
@@ -70,6 +71,7 @@ async fn run(command: &Command) -> Result<()> {
         Command::Stop(args) => tell(args, Order::Stop).await,
         Command::Start(args) => tell(args, Order::Start).await,
         Command::Test(args) => test::test(args).await,
+        Command::Sim(args) => sim::sim(args).await,
     }
 }
 

@@ -13,3 +13,6 @@ pub mod route;
 pub use lsn::Lsn;
 pub use record::Outgoing;
 pub use relay::{Relay, StatusUpdate};
+
+#[cfg(test)]
+mod sim_tests;

@@ -1,23 +1,13 @@
 //! `cdc-relay run`: the threads, and their order of starting and stopping.
 
 use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-        mpsc,
-    },
+    sync::{Arc, atomic::Ordering, mpsc},
     time::Duration,
 };
 
 use service::{Failure, Health, exit::Kind, health, metrics, shutdown::Shutdown};
 
-use crate::{
-    admin::Metrics,
-    config::Settings,
-    monitor,
-    pipeline::{self, Shared},
-    wait,
-};
+use crate::{admin::Metrics, config::Settings, monitor, sessions, shared::Shared, wait};
 
 /// How long a stop waits for what has nothing to save.
 const LEAVE_GRACE: Duration = Duration::from_secs(3);
@@ -35,7 +25,8 @@ pub(super) fn run(settings: Settings) -> Result<(), Failure> {
         metrics: Metrics::default(),
         health: Health::default(),
         waker,
-        stop: Arc::new(AtomicBool::new(false)),
+        stop: Arc::default(),
+        postgres_stops: Arc::default(),
     };
     let result = runtime.block_on(async {
         let listener = health::bind(&shared.settings.listen).await?;
@@ -47,11 +38,11 @@ pub(super) fn run(settings: Settings) -> Result<(), Failure> {
         let http = tokio::spawn(health::serve(listener, router, http_shutdown));
 
         let (stop_monitor, monitor_stopped) = mpsc::channel::<()>();
-        let (settings, watched) = (Arc::clone(&shared.settings), shared.metrics.clone());
-        let monitor = spawn("monitor", move || monitor::run(&settings, &watched, &monitor_stopped))?;
+        let watched = shared.clone();
+        let monitor = spawn("monitor", move || monitor::run(&watched, &monitor_stopped))?;
         let piped = shared.clone();
         let pipeline = spawn("pipeline", move || {
-            let result = pipeline::run(&piped, &wakeups);
+            let result = sessions::run(&piped, &wakeups);
             // Whatever ended it, the process ends with it.
             trigger.request();
             result

@@ -8,7 +8,7 @@ use std::{
 use rustix::process::Signal;
 
 use crate::{
-    stack::{Api, Stack, tell},
+    stack::{Api, Stack, eventually, tell},
     views::{Database, assert_nothing_lost},
 };
 
@@ -79,4 +79,24 @@ fn a_silent_kafka_is_outlived_and_nothing_is_confirmed_that_it_has_not_acknowled
         peak_bytes >> 20,
         count.repeated
     ));
+}
+
+#[test]
+fn postgres_shuts_down_although_the_relay_waits_for_kafka() {
+    let stack = Stack::start("shutdown", &[]);
+    let api = Api::of(&stack);
+    api.post("before").expect("the order is taken");
+    assert_nothing_lost(&stack);
+    stack.signal("kafka-1", Signal::STOP);
+    api.post("during").expect("the order is taken");
+    // A fast shutdown: the server waits for its walsenders to have everything confirmed. The supervisor starts it
+    // again once it has ended.
+    let before = stack.pid("postgres");
+    stack.signal("postgres", Signal::INT);
+    eventually("Postgres has shut down and is back", || {
+        stack.pid("postgres").filter(|now| Some(*now) != before)
+    });
+    stack.kill("kafka-1");
+    let count = assert_nothing_lost(&stack);
+    assert_eq!(count.orders, 2);
 }

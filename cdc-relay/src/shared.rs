@@ -1,0 +1,29 @@
+//! What the relay's threads share.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
+
+use service::Health;
+
+use crate::{admin::Metrics, config::Settings, wait::Waker};
+
+/// Cloning shares it.
+#[derive(Debug, Clone)]
+pub(crate) struct Shared {
+    pub(crate) settings: Arc<Settings>,
+    pub(crate) metrics: Metrics,
+    pub(crate) health: Health,
+    pub(crate) waker: Waker,
+    /// Set, and the waker woken, to ask for a stop.
+    pub(crate) stop: Arc<AtomicBool>,
+    /// Set, and the waker woken, when Postgres seems to shut down.
+    pub(crate) postgres_stops: Arc<AtomicBool>,
+}
+
+impl Shared {
+    pub(crate) fn stopping(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+}
