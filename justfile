@@ -70,8 +70,10 @@ wal *args:
         WHERE slot_name LIKE 'just\_wal\_%' AND NOT active"
     # A slot that nobody reads holds the server's WAL for ever, so it goes with us, whichever way. WAIT: the
     # server may take a moment to notice that the reader has gone.
+    watcher=
     drop() {
         trap '' INT TERM HUP
+        [[ -z $watcher ]] || kill "$watcher" 2>/dev/null || true
         psql "$url?replication=database" --no-psqlrc --quiet --command="DROP_REPLICATION_SLOT $slot WAIT"
     }
     pg_recvlogical --dbname="$url" --slot="$slot" --plugin=test_decoding --create-slot
@@ -84,6 +86,11 @@ wal *args:
     reader=$!
     stopped=
     trap 'stopped=yes; kill -INT "$reader" 2>/dev/null || true' INT TERM HUP
+    # A terminal that is closed may tell nobody but its first process.
+    if { : </dev/tty; } 2>/dev/null; then
+        while sleep 1; do { : </dev/tty; } 2>/dev/null || kill -TERM $$; done &
+        watcher=$!
+    fi
     status=0
     wait "$reader" || status=$?
     if [[ -n $stopped ]]; then

@@ -120,18 +120,21 @@ impl fmt::Display for Error {
 
 impl std::error::Error for Error {}
 
+/// How to go on after a row that cannot be published.
+const POISON_HINT: &str = "everything before this row's transaction is confirmed, and nothing from there on. Mend the cause \
+     ([outbox] and [route] in the configuration, or the topic) and start again: the row is read again from the log. To \
+     leave its transaction out for good, while no relay runs: SELECT pg_replication_slot_advance('SLOT', \
+     'COMMIT LSN'::pg_lsn + 1)";
+
 impl From<relay_core::relay::Halt> for Error {
     fn from(halt: relay_core::relay::Halt) -> Self {
         use relay_core::relay::Halt;
         let error = Self::new(Kind::Halted, halt.to_string());
         match halt {
-            Halt::Poison { .. } => error.hint(
-                "nothing behind this row has been confirmed. Mend the cause (the table's columns or [outbox] and [route] in \
-                 the configuration) and start again; the row is read again",
+            Halt::Poison { .. } => error.hint(POISON_HINT),
+            Halt::Undecodable { .. } | Halt::OutOfProtocol(_) => error.hint(
+                "this is a bug, or the server is not PostgreSQL 15 to 18: please report it with this message",
             ),
-            Halt::Undecodable { .. } | Halt::OutOfProtocol(_) => {
-                error.hint("this is a bug, or the server is not PostgreSQL 15 to 18: please report it with this message")
-            }
             Halt::UnknownTicket(_) => Self { kind: Kind::Internal, ..error },
         }
     }
@@ -142,7 +145,9 @@ fn classify(sqlstate: &str) -> (Kind, Option<&'static str>) {
         "55006" => (Kind::SlotInUse, None),
         "28P01" => (
             Kind::Refused,
-            Some("check the password: postgres.password, or CDC_RELAY_POSTGRES__PASSWORD(_FILE)"),
+            Some(
+                "check the role in postgres.url and its password: postgres.password, or CDC_RELAY_POSTGRES__PASSWORD(_FILE)",
+            ),
         ),
         "28000" => (
             Kind::Refused,

@@ -223,7 +223,7 @@ impl Producer {
     /// Halted when the record can never be sent: its topic does not exist or may not be written to, or it is
     /// too large.
     pub(crate) fn offer(&mut self, record: &Outgoing<'_>) -> Result<bool, Error> {
-        if !self.known.contains(record.topic) && !self.look_up(record.topic)? {
+        if !self.known.contains(record.topic) && !self.look_up(record)? {
             return Ok(false);
         }
         self.enqueue(record)?;
@@ -231,7 +231,8 @@ impl Producer {
     }
 
     /// Asks whether the topic is there, before the first record goes to it; false when no broker can tell.
-    fn look_up(&mut self, topic: &str) -> Result<bool, Error> {
+    fn look_up(&mut self, record: &Outgoing<'_>) -> Result<bool, Error> {
+        let topic = record.topic;
         let Ok(metadata) = self.inner.client().fetch_metadata(Some(topic), METADATA_TIMEOUT) else {
             return Ok(false);
         };
@@ -250,13 +251,13 @@ impl Producer {
                 if since.elapsed() < MISSING_GRACE {
                     return Ok(false);
                 }
-                Err(Error::new(Kind::Halted, format!("topic {topic:?} does not exist")).hint(format!(
+                Err(Error::new(Kind::Halted, format!("{} is for topic {topic:?}, which does not exist", record.describe())).hint(format!(
                     "create it (kafka-topics.sh --create --topic {topic} --partitions N --replication-factor N) or mend \
-                     route.topic, then start again"
+                     route.topic, then start again; nothing from this row on has been confirmed"
                 )))
             }
             Some(RDKafkaRespErr::RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED) => {
-                Err(Error::new(Kind::Halted, format!("Kafka does not allow us to write to topic {topic:?}")).hint(format!(
+                Err(Error::new(Kind::Halted, format!("{}: Kafka does not allow us to write to topic {topic:?}", record.describe())).hint(format!(
                     "grant it (kafka-acls.sh --add --producer --topic {topic} --allow-principal User:…), then start again"
                 )))
             }
@@ -280,8 +281,13 @@ impl Producer {
         message.partition = row.partition;
         self.inner.send(message).map_err(|(error, _)| {
             let code = error.rdkafka_error_code().unwrap_or(RDKafkaErrorCode::Unknown);
-            refused(code, &format!("outbox row {} for topic {}", row.id, record.topic))
+            refused(code, &format!("{} for topic {}", record.describe(), record.topic))
         })
+    }
+
+    /// Whether nothing that was handed over still waits for its report.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.inner.in_flight_count() == 0
     }
 
     /// Takes what Kafka has acknowledged since the last call; `into` is emptied and its capacity used again.

@@ -16,5 +16,5 @@ mod wait;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    service::exit::report("cdc-relay", cli::main())
+    cli::main()
 }

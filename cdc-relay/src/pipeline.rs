@@ -12,7 +12,7 @@ use relay_core::{Relay, progress::Ticket, relay::Options};
 
 use crate::{
     config::Settings,
-    error::{Error, Kind, Policy},
+    error::{Error, Kind},
     kafka::{Batch, Producer},
     replication::{
         connection::Connection,
@@ -74,9 +74,19 @@ pub(crate) fn session(shared: &Shared, wakeups: &Wakeups, batch: Batch) -> End {
     match begin(shared, wakeups, batch) {
         Err(error) => End { result: Err(error), was_well: false },
         Ok(mut session) => {
-            let result = session.run();
+            let mut result = session.run();
             let was_well = session.well_at.is_some();
-            End { result: result.and_then(|()| session.finish()), was_well }
+            result = match result {
+                Ok(()) => session.finish(),
+                Err(e) if e.kind == Kind::Halted => {
+                    session.settle_before_halt();
+                    // How this ends changes nothing about the halt.
+                    let _ = session.finish();
+                    Err(e)
+                }
+                Err(e) => Err(e),
+            };
+            End { result, was_well }
         }
     }
 }
@@ -126,10 +136,9 @@ fn take_slot(settings: &Settings) -> Result<(ReplicationStream, Position), Error
     );
     match stream {
         Ok(stream) => Ok((stream, slot::verify(&mut connection, settings)?)),
-        // What the server refuses in few words, a look at the slot explains.
-        Err(e) if matches!(e.kind.policy(), Policy::Stop(_)) => {
-            slot::verify(&mut connection, settings).and(Err(e))
-        }
+        // What the server refuses in few words, a look at the slot explains; and one that is in use may be
+        // another database's, which would never become ours.
+        Err(e) if e.kind != Kind::PostgresAway => slot::verify(&mut connection, settings).and(Err(e)),
         Err(e) => Err(e),
     }
 }
@@ -301,6 +310,23 @@ impl Session<'_> {
             timeout = timeout.min(PENDING_RETRY);
         }
         self.wakeups.wait_with(self.stream.fd(), read, write, timeout);
+    }
+
+    /// What was enqueued before the row that halts us is still acknowledged and confirmed, so that the next start,
+    /// or whoever skips the row by hand, begins right at its transaction.
+    fn settle_before_halt(&mut self) {
+        self.pending = None;
+        self.relay.set_listening(false, self.now());
+        let until = self.now() + self.shared.settings.drain_grace;
+        // The row itself may be in flight to us and unknown to the producer, so the producer is asked.
+        loop {
+            let done = self.producer.is_empty() || self.now() >= until;
+            // A second failure says no more than the first.
+            if self.settle().and_then(|()| self.feed_back()).is_err() || done {
+                return;
+            }
+            self.wakeups.wait(PENDING_RETRY);
+        }
     }
 
     /// The end that was asked for: the last status, and the slot is free.

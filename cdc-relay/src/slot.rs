@@ -58,8 +58,14 @@ fn verify_publication(connection: &mut Connection, settings: &Settings) -> Resul
     let sql = "SELECT 1 FROM pg_publication_tables WHERE pubname = $1 AND schemaname = $2 AND tablename = $3";
     if connection.query(sql, &[name, &table.schema, &table.name])?.is_empty() {
         let (schema, table) = (&table.schema, &table.name);
+        let exists = connection
+            .query("SELECT 1 FROM pg_tables WHERE schemaname = $1 AND tablename = $2", &[schema, table])?;
+        if exists.is_empty() {
+            let what = format!("there is no table {schema}.{table} in this database");
+            return halted(what, "mend outbox.table, or the database in postgres.url".into());
+        }
         let hint = format!(
-            "mend outbox.table, or let the publication's owner run: ALTER PUBLICATION \"{name}\" ADD TABLE \"{schema}\".\"{table}\""
+            "let the publication's owner run: ALTER PUBLICATION \"{name}\" ADD TABLE \"{schema}\".\"{table}\""
         );
         return halted(format!("publication {name:?} does not have the table {schema}.{table}"), hint);
     }

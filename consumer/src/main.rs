@@ -94,7 +94,10 @@ impl Args {
 }
 
 fn main() -> ExitCode {
-    exit::report("consumer", run(&Args::parse()))
+    match exit::parse_command_line::<Args>() {
+        Ok(args) => exit::report("consumer", run(&args)),
+        Err(code) => code,
+    }
 }
 
 fn run(args: &Args) -> Result<(), Failure> {

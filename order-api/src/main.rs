@@ -69,7 +69,10 @@ impl Serve {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli: Cli = match exit::parse_command_line() {
+        Ok(cli) => cli,
+        Err(code) => return code,
+    };
     if let Some(Command::Config { what: ConfigCommand::Example }) = cli.command {
         print!("{}", order_api::config::EXAMPLE);
         return ExitCode::SUCCESS;

@@ -112,6 +112,11 @@ fn from_environment(prefix: &str, vars: impl Iterator<Item = (String, String)>) 
     for (name, value) in vars {
         let Some(rest) = name.strip_prefix(prefix).and_then(|r| r.strip_prefix('_')) else { continue };
         if !rest.contains("__") {
+            if rest != "CONFIG" && !is_from_kubernetes(rest) {
+                eprintln!(
+                    "warning: {name} is not read: a key's variable is {prefix}_SECTION__KEY, with two underscores"
+                );
+            }
             continue;
         }
         let (key, value) = match rest.strip_suffix("_FILE") {
@@ -137,6 +142,11 @@ fn from_environment(prefix: &str, vars: impl Iterator<Item = (String, String)>) 
         seen.push((key, name));
     }
     Ok(overlay)
+}
+
+/// Whether the rest of a variable's name is of those that Kubernetes sets for a service that is named like ours.
+fn is_from_kubernetes(rest: &str) -> bool {
+    rest == "PORT" || rest == "SERVICE_HOST" || rest.starts_with("SERVICE_PORT") || rest.starts_with("PORT_")
 }
 
 fn insert(table: &mut Table, path: &[&str], value: String) {

@@ -74,6 +74,18 @@ impl fmt::Display for Failure {
 
 impl std::error::Error for Failure {}
 
+/// Parses the command line. `--help` and `--version` are printed; a mistake is told, and is exit code 64.
+///
+/// # Errors
+/// The code to end with.
+pub fn parse_command_line<T: clap::Parser>() -> Result<T, ExitCode> {
+    T::try_parse().map_err(|e| {
+        // Nobody is left to tell if this cannot be printed.
+        let _ = e.print();
+        if e.use_stderr() { ExitCode::from(Kind::BadConfiguration.code()) } else { ExitCode::SUCCESS }
+    })
+}
+
 /// Turns the end of `main` into an exit code, telling the failure on standard error.
 pub fn report(name: &str, result: Result<(), Failure>) -> ExitCode {
     match result {

@@ -1,7 +1,7 @@
 //! Logs: one line an event on standard error, as text for people or JSON for machines.
 
-use serde::{Deserialize, Serialize};
-use tracing_subscriber::{EnvFilter, fmt};
+use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
+use tracing_subscriber::{EnvFilter, filter::LevelFilter, fmt};
 
 use crate::Failure;
 
@@ -21,9 +21,23 @@ pub enum Format {
 #[serde(deny_unknown_fields, default)]
 pub struct LogConfig {
     /// `error`, `warn`, `info`, `debug`, `trace`, or a filter such as `info,cdc_relay=debug`.
+    #[serde(deserialize_with = "filter")]
     pub level: String,
     /// `text` or `json`.
     pub format: Format,
+}
+
+/// A filter that means something: by itself, any word would be taken for the name of a module.
+fn filter<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    let levels = text.split(',').map(|part| part.rsplit_once('=').map_or(part, |(_, level)| level));
+    for level in levels {
+        if level.trim().parse::<LevelFilter>().is_err() {
+            let why = format!("log.level {text:?}: {level:?} is not error, warn, info, debug, trace or off");
+            return Err(D::Error::custom(why));
+        }
+    }
+    Ok(text)
 }
 
 impl Default for LogConfig {

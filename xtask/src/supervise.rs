@@ -139,6 +139,8 @@ impl Stack {
                 down::kill(&self.desk.layout, &self.desk.state()).await;
             }
         }
+        // Again: the processes' ends were told there.
+        let _ = fs::remove_file(self.desk.layout.endpoints());
         let _ = fs::remove_file(self.desk.layout.state());
         let _ = fs::remove_dir_all(&self.desk.layout.run);
         progress.line(&format!("stopped ({:.1} s)", since.elapsed().as_secs_f64()));

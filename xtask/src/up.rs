@@ -111,8 +111,8 @@ fn summary(endpoints: &Endpoints, path: &str) -> String {
         lines.push("\n  Post an order, see its event, see it at a consumer:".to_owned());
         lines.push(format!("    curl -i {api}/api/orders -H 'content-type: application/json' -d '{order}'"));
         let format = r"'%T p%p o%o %k %h\n%s\n'";
-        lines.push(format!("    kcat -b {} -C -t order-events -e -f {format}", endpoints.kafka));
-        let sql = "SELECT * FROM pharmacy_orders";
+        lines.push(format!("    kcat -b {} -C -q -t order-events -e -f {format}", endpoints.kafka));
+        let sql = "SELECT order_id, status, version, total_amount FROM pharmacy_orders";
         lines.push(format!("    psql {} -c '{sql}'", endpoints.consumer_postgres));
         lines.push(String::new());
     }

@@ -49,6 +49,12 @@ impl<'a> Outgoing<'a> {
         ours.into_iter().map(|(name, value)| (name, Some(value.as_bytes()))).chain(traceparent).chain(own)
     }
 
+    /// Which row it is, for an operator: the row's id, and where it is in the log.
+    pub fn describe(&self) -> String {
+        let PositionText { commit_lsn, seq } = self.position;
+        format!("outbox row {} (commit LSN {commit_lsn}, change {seq})", self.row.id)
+    }
+
     /// What the record takes of the credit in flight, in bytes.
     pub(crate) fn cost_bytes(&self) -> usize {
         let headers: usize = self.headers().map(|(n, v)| n.len() + v.map_or(0, <[u8]>::len)).sum();

@@ -3,10 +3,10 @@
 mod init;
 mod run;
 
-use std::path::PathBuf;
+use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
-use service::Failure;
+use service::{Failure, exit};
 
 use crate::{
     config::{Config, ENV_PREFIX, EXAMPLE, Settings},
@@ -102,8 +102,14 @@ impl Options {
     }
 }
 
-pub(crate) fn main() -> Result<(), Failure> {
-    let cli = Cli::parse();
+pub(crate) fn main() -> ExitCode {
+    match exit::parse_command_line() {
+        Ok(cli) => exit::report("cdc-relay", carry_out(cli)),
+        Err(code) => code,
+    }
+}
+
+fn carry_out(cli: Cli) -> Result<(), Failure> {
     if let Some(Command::Config { command: ConfigCommand::Example }) = cli.command {
         print!("{EXAMPLE}");
         return Ok(());

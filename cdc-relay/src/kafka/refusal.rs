@@ -20,9 +20,12 @@ pub(super) fn is_consequence(code: RDKafkaErrorCode) -> bool {
 
 /// A record that came back.
 pub(super) fn describe_failed(message: &BorrowedMessage<'_>) -> String {
-    let id = message.headers().and_then(|h| h.iter().find(|h| h.key == "id")?.value);
-    let id = id.map_or_else(|| "unknown".into(), String::from_utf8_lossy);
-    format!("outbox row {id} for topic {}", message.topic())
+    let header = |name: &str| {
+        let value = message.headers().and_then(|h| h.iter().find(|h| h.key == name)?.value);
+        value.map_or_else(|| "unknown".into(), String::from_utf8_lossy)
+    };
+    let (id, lsn, seq) = (header("id"), header("lsn"), header("seq"));
+    format!("outbox row {id} (commit LSN {lsn}, change {seq}) for topic {}", message.topic())
 }
 
 /// What a record's failure means.

@@ -96,7 +96,7 @@ fn secure(mut transport: Transport, info: &ConnInfo, host: &Host) -> Result<Tran
             Kind::Refused,
             format!("Postgres at {host} does not offer TLS, and sslmode demands it"),
         )
-        .hint("set ssl = on, ssl_cert_file and ssl_key_file on the server")),
+        .hint("set ssl = on, ssl_cert_file and ssl_key_file on the server; on a network that is trusted, sslmode=prefer goes without")),
     }
 }
 

@@ -94,6 +94,37 @@ fn a_topic_that_is_missing_halts_with_the_command_and_nothing_is_lost() {
 }
 
 #[test]
+fn a_row_that_cannot_be_published_can_be_left_out_by_the_hints_command_and_nothing_else_is() {
+    let (mut database, topic) = (Database::new(), Topic::new(1, &[]));
+    init(&database);
+    database.insert(&topic.kind, 0, 500);
+    database.run("INSERT INTO outbox VALUES (gen_random_uuid(), 'not a topic', 'k', 'T', '{}')");
+    database.insert(&topic.kind, 500, 500);
+    let mut relay = Relay::spawn(&database, &[]);
+    assert_eq!(relay.wait().code(), Some(65), "{}", relay.log());
+    assert!(relay.log().contains("pg_replication_slot_advance"), "{}", relay.log());
+    let log = relay.log();
+    let lsn = log.split("commit LSN ").nth(1).and_then(|rest| rest.split(',').next()).unwrap();
+    let slot = database.slot.clone();
+    database.run(&format!("SELECT pg_replication_slot_advance('{slot}', '{lsn}'::pg_lsn + 1)"));
+    let relay = Relay::start(&database, &[]);
+    assert_eq!(assert_complete_and_ordered(&topic.read(1000), 1000), 0);
+    relay.stop();
+}
+
+#[test]
+fn a_slot_of_another_database_is_refused_although_it_is_in_use() {
+    let (mut database, other) = (Database::new(), Database::new());
+    init(&other);
+    let relay = Relay::start(&other, &[]);
+    database.slot.clone_from(&other.slot);
+    let mut lost = Relay::spawn(&database, &[]);
+    assert_eq!(lost.wait().code(), Some(65), "{}", lost.log());
+    assert!(lost.log().contains("belongs to database"), "{}", lost.log());
+    relay.stop();
+}
+
+#[test]
 fn a_row_that_is_too_large_halts_and_is_published_once_the_limit_is_raised() {
     let (mut database, topic) = (Database::new(), Topic::new(1, &[("max.message.bytes", "3000000")]));
     init(&database);
@@ -126,7 +157,8 @@ fn a_record_that_the_broker_refuses_halts_and_nothing_behind_it_is_confirmed() {
     let lsn = database.current_lsn();
     assert_eq!(relay.wait().code(), Some(65), "{}", relay.log());
     assert!(
-        relay.log().contains(&format!("outbox row {id} for topic {} is larger than Kafka takes", topic.name)),
+        relay.log().contains(&format!("for topic {} is larger than Kafka takes", topic.name))
+            && relay.log().contains(&format!("outbox row {id} (commit LSN ")),
         "{}",
         relay.log()
     );

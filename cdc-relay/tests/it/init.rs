@@ -66,6 +66,7 @@ fn bad_configuration_is_64_and_names_the_key() {
         ("CDC_RELAY_KAFKA__PROPERTIES__ACKS", "1", "acks"),
         ("CDC_RELAY_KAFKA__PROPERTIES__NO_SUCH_SETTING", "1", "no.such.setting"),
         ("CDC_RELAY_LOG__LEVEL", "((", "log.level"),
+        ("CDC_RELAY_LOG__LEVEL", "loud", "log.level"),
     ] {
         let output = command(&database)
             .arg("run")
