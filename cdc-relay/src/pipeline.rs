@@ -56,8 +56,10 @@ struct Session<'a> {
     busy: bool,
     /// When Postgres was first seen to shut down.
     postgres_stops_since: Option<Duration>,
-    /// When Kafka last acknowledged something, or a while had passed with nothing to do.
-    well_at: Option<Duration>,
+    /// Whether Kafka has acknowledged something, or a while has passed with nothing to do.
+    is_well: bool,
+    /// When Kafka last acknowledged something, or nothing waited for it.
+    waiting_since: Duration,
 }
 
 /// How a session ended.
@@ -75,7 +77,7 @@ pub(crate) fn session(shared: &Shared, wakeups: &Wakeups, batch: Batch) -> End {
         Err(error) => End { result: Err(error), was_well: false },
         Ok(mut session) => {
             let mut result = session.run();
-            let was_well = session.well_at.is_some();
+            let was_well = session.is_well;
             result = match result {
                 Ok(()) => session.finish(),
                 Err(e) if e.kind == Kind::Halted => {
@@ -121,7 +123,8 @@ fn begin<'a>(shared: &'a Shared, wakeups: &'a Wakeups, batch: Batch) -> Result<S
         ignored_before: 0,
         busy: false,
         postgres_stops_since: None,
-        well_at: None,
+        is_well: false,
+        waiting_since: Duration::ZERO,
     })
 }
 
@@ -218,12 +221,13 @@ impl Session<'_> {
         }
         self.shared.metrics.acknowledged.inc_by(self.acknowledged.len() as u64);
         let idle = self.pending.is_none() && self.relay.progress().in_flight_records() == 0;
-        if !self.acknowledged.is_empty() || (idle && now >= WELL_AFTER) {
-            self.well_at = Some(now);
+        self.is_well |= !self.acknowledged.is_empty() || (idle && now >= WELL_AFTER);
+        if !self.acknowledged.is_empty() || idle {
+            self.waiting_since = now;
         }
-        let unwell = now.saturating_sub(self.well_at.unwrap_or_default());
-        if !idle && self.shared.settings.give_up_after.is_some_and(|limit| unwell >= limit) {
-            let what = format!("Kafka has acknowledged nothing for {} s", unwell.as_secs());
+        let waited = now.saturating_sub(self.waiting_since);
+        if self.shared.settings.give_up_after.is_some_and(|limit| waited >= limit) {
+            let what = format!("Kafka has acknowledged nothing for {} s", waited.as_secs());
             return Err(Error::new(Kind::GaveUp, what));
         }
         Ok(())

@@ -40,11 +40,6 @@ pub(crate) fn run(shared: &Shared, wakeups: &Wakeups) -> Result<(), Failure> {
         }
         match error.kind.policy() {
             Policy::Stop(_) => return Err(error.into_failure()),
-            _ if shared.stopping() => {
-                let what =
-                    format!("stopped without a clean end, what was not confirmed is read again: {error}");
-                return Err(Failure::new(exit::Kind::GaveUp, what));
-            }
             Policy::StandBy => {
                 if shared.metrics.standby.set(1) == 0 {
                     tracing::info!("standing by: {error}");
@@ -53,7 +48,13 @@ pub(crate) fn run(shared: &Shared, wakeups: &Wakeups) -> Result<(), Failure> {
                 course.unwell_since = None;
                 wakeups.wait(STANDBY_INTERVAL);
             }
+            Policy::Retry if shared.stopping() => {
+                let what =
+                    format!("stopped without a clean end, what was not confirmed is read again: {error}");
+                return Err(Failure::new(exit::Kind::GaveUp, what));
+            }
             Policy::Retry => {
+                shared.metrics.standby.set(0);
                 let since = *course.unwell_since.get_or_insert_with(Instant::now);
                 if shared.settings.give_up_after.is_some_and(|limit| since.elapsed() >= limit) {
                     let seconds = since.elapsed().as_secs();

@@ -266,6 +266,18 @@ fn without_kafka_the_relay_gives_up_after_the_configured_time_and_a_stop_is_told
 }
 
 #[test]
+fn time_with_nothing_to_send_is_no_reason_to_give_up() {
+    let (mut database, topic) = (Database::new(), Topic::new(1, &[]));
+    init(&database);
+    let relay = Relay::start(&database, &[("CDC_RELAY_POSTGRES__GIVE_UP_SECONDS", "1")]);
+    let up_for = |seconds: f64| relay.metric("cdc_relay_process_uptime_seconds").filter(|s| *s > seconds);
+    eventually("it has been idle for longer than it would wait", || up_for(3.0));
+    database.insert(&topic.kind, 0, 100);
+    assert_complete_and_ordered(&topic.read(100), 100);
+    relay.stop();
+}
+
+#[test]
 fn two_relays_that_may_make_the_slot_make_one() {
     let (mut database, topic) = (Database::new(), Topic::new(1, &[]));
     let make = [("CDC_RELAY_POSTGRES__CREATE_SLOT", "true")];
