@@ -4,7 +4,9 @@ use std::{collections::BTreeMap, time::Duration};
 
 use relay_core::{
     outbox::{FIELDS, OutboxTable},
+    poison::Policies,
     route::TopicTemplate,
+    source,
 };
 use serde::Deserialize;
 use service::{Failure, Secret, config::HttpConfig, logs::LogConfig};
@@ -156,8 +158,9 @@ pub(crate) struct Settings {
     pub(crate) silence_limit: Duration,
     /// None: try for ever, visibly.
     pub(crate) give_up_after: Option<Duration>,
-    pub(crate) table: OutboxTable,
-    pub(crate) topic: TopicTemplate,
+    pub(crate) source: source::Options,
+    pub(crate) policies: Policies,
+    pub(crate) dead_letter_topic: String,
     pub(crate) kafka: KafkaConfig,
     pub(crate) in_flight_limit_bytes: usize,
     pub(crate) drain_grace: Duration,
@@ -204,8 +207,12 @@ impl Config {
                 1,
             )?,
             give_up_after: (!give_up.is_zero()).then_some(give_up),
-            table: self.outbox.check().map_err(|(key, why)| bad(key, why))?,
-            topic,
+            source: source::Options {
+                table: self.outbox.check().map_err(|(key, why)| bad(key, why))?,
+                topic,
+            },
+            policies: Policies::default(),
+            dead_letter_topic: "cdc-relay-dlq".into(),
             kafka: self.kafka,
             in_flight_limit_bytes: self.limits.in_flight_bytes,
             drain_grace: seconds("limits.drain_seconds", self.limits.drain_seconds, 0)?,

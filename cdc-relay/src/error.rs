@@ -132,7 +132,10 @@ impl From<relay_core::relay::Halt> for Error {
         let error = Self::new(Kind::Halted, halt.to_string());
         match halt {
             Halt::Poison { .. } => error.hint(POISON_HINT),
-            Halt::Undecodable { .. } | Halt::OutOfProtocol(_) => error.hint(
+            Halt::TooManyParked { .. } => error.hint(
+                "see `cdc-relay dlq list`; `cdc-relay dlq redrive` frees an aggregate once its cause is mended",
+            ),
+            Halt::Stream(_) => error.hint(
                 "this is a bug, or the server is not PostgreSQL 15 to 18: please report it with this message",
             ),
             Halt::UnknownTicket(_) => Self { kind: Kind::Internal, ..error },

@@ -23,7 +23,7 @@ use rdkafka::{
     producer::{BaseProducer, BaseRecord, DeliveryResult, Producer as _, ProducerContext, PurgeConfig},
     types::RDKafkaRespErr,
 };
-use relay_core::{Outgoing, progress::Ticket};
+use relay_core::{Outgoing, progress::Ticket, record::Record};
 
 use self::refusal::{describe_failed, is_consequence, refused};
 use crate::{
@@ -223,7 +223,7 @@ impl Producer {
     /// Halted when the record can never be sent: its topic does not exist or may not be written to, or it is
     /// too large.
     pub(crate) fn offer(&mut self, record: &Outgoing<'_>) -> Result<bool, Error> {
-        if !self.known.contains(record.topic) && !self.look_up(record)? {
+        if !self.known.contains(record.record.topic) && !self.look_up(&record.record)? {
             return Ok(false);
         }
         self.enqueue(record)?;
@@ -231,7 +231,7 @@ impl Producer {
     }
 
     /// Asks whether the topic is there, before the first record goes to it; false when no broker can tell.
-    fn look_up(&mut self, record: &Outgoing<'_>) -> Result<bool, Error> {
+    fn look_up(&mut self, record: &Record<'_>) -> Result<bool, Error> {
         let topic = record.topic;
         let Ok(metadata) = self.inner.client().fetch_metadata(Some(topic), METADATA_TIMEOUT) else {
             return Ok(false);
@@ -266,19 +266,17 @@ impl Producer {
         }
     }
 
-    fn enqueue(&self, record: &Outgoing<'_>) -> Result<(), Error> {
-        let mut headers = OwnedHeaders::new_with_capacity(8);
-        for (key, value) in record.headers() {
+    fn enqueue(&self, outgoing: &Outgoing<'_>) -> Result<(), Error> {
+        let record = &outgoing.record;
+        let mut headers = OwnedHeaders::new_with_capacity(record.headers.len());
+        for (key, value) in record.headers.iter() {
             headers = headers.insert(Header { key, value });
         }
-        let ticket = usize::try_from(record.ticket.0).unwrap_or(usize::MAX);
-        let row = &record.row;
-        let mut message = BaseRecord::with_opaque_to(record.topic, ticket)
-            .key(row.aggregate_id.as_bytes())
-            .timestamp(record.committed_at_ms)
+        let ticket = usize::try_from(outgoing.ticket.0).unwrap_or(usize::MAX);
+        let mut message = BaseRecord::<[u8], [u8], _>::with_opaque_to(record.topic, ticket)
+            .timestamp(record.timestamp_ms)
             .headers(headers);
-        message.payload = row.payload;
-        message.partition = row.partition;
+        (message.key, message.payload, message.partition) = (record.key, record.value, record.partition);
         self.inner.send(message).map_err(|(error, _)| {
             let code = error.rdkafka_error_code().unwrap_or(RDKafkaErrorCode::Unknown);
             refused(code, &format!("{} for topic {}", record.describe(), record.topic))

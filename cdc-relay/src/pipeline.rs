@@ -8,7 +8,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use relay_core::{Relay, progress::Ticket, relay::Options};
+use relay_core::{
+    Relay,
+    progress::Ticket,
+    relay::{Options, Past},
+};
 
 use crate::{
     config::Settings,
@@ -98,8 +102,9 @@ fn begin<'a>(shared: &'a Shared, wakeups: &'a Wakeups, batch: Batch) -> Result<S
     let (stream, position) = take_slot(settings)?;
     let producer = Producer::new(&settings.kafka, batch, shared.waker.clone(), shared.metrics.clone())?;
     let options = Options {
-        table: settings.table.clone(),
-        topic: settings.topic.clone(),
+        source: settings.source.clone(),
+        policies: settings.policies,
+        dead_letter_topic: settings.dead_letter_topic.clone(),
         in_flight_limit_bytes: settings.in_flight_limit_bytes,
         status_interval: status_interval(position.wal_sender_timeout_ms),
         // The server may be busy decoding, and looks at our requests for a reply no sooner than it would care.
@@ -111,13 +116,15 @@ fn begin<'a>(shared: &'a Shared, wakeups: &'a Wakeups, batch: Batch) -> Result<S
     shared.metrics.streaming.set(1);
     shared.health.ready("streaming");
     tracing::info!(slot = settings.slot, confirmed_lsn = %position.confirmed, "streaming");
+    let past =
+        Past { confirmed: position.confirmed, checkpoint: relay_core::Lsn(u64::MAX), ..Past::default() };
     Ok(Session {
         shared,
         wakeups,
         started: Instant::now(),
         stream,
         producer,
-        relay: Relay::new(options, position.confirmed, Duration::ZERO),
+        relay: Relay::new(options, past, Duration::ZERO),
         pending: None,
         acknowledged: Vec::new(),
         ignored_before: 0,
@@ -289,7 +296,11 @@ impl Session<'_> {
 
     fn retry_pending(&mut self) -> Result<bool, Error> {
         let Some((ticket, message)) = &self.pending else { return Ok(false) };
-        let taken = self.producer.offer(&self.relay.repeat(*ticket, message)?)?;
+        let Some(record) = self.relay.repeat(*ticket, message)? else {
+            self.pending = None;
+            return Ok(true);
+        };
+        let taken = self.producer.offer(&record)?;
         if taken {
             self.pending = None;
             self.shared.metrics.records.inc();

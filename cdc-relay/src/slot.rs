@@ -43,7 +43,7 @@ pub(crate) fn verify(connection: &mut Connection, settings: &Settings) -> Result
 /// The publication must publish the table's inserts: with another, everything would be confirmed and nothing
 /// published.
 fn verify_publication(connection: &mut Connection, settings: &Settings) -> Result<(), Error> {
-    let (name, table) = (&settings.publication, &settings.table);
+    let (name, table) = (&settings.publication, &settings.source.table);
     let halted = |what: String, hint: String| Err(Error::new(Kind::Halted, what).hint(hint));
     let Some(inserts) = publishes_inserts(connection, name)? else {
         return halted(
@@ -145,8 +145,8 @@ const CREATE_SLOT_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(
 fn create_publication(connection: &mut Connection, settings: &Settings) -> Result<(), Error> {
     // Names cannot be parameters of a statement; format's %I quotes them, on the server, from parameters.
     let sql = "SELECT format('CREATE PUBLICATION %I FOR TABLE %I.%I WITH (publish = ''insert'')', $1::text, $2::text, $3::text)";
-    let rows =
-        connection.query(sql, &[&settings.publication, &settings.table.schema, &settings.table.name])?;
+    let rows = connection
+        .query(sql, &[&settings.publication, &settings.source.table.schema, &settings.source.table.name])?;
     let statement = rows.into_iter().flatten().flatten().next().unwrap_or_default();
     connection.simple_query(&statement).map(drop).map_err(|e| {
         let hint = format!("let the table's owner run: {statement};");

@@ -2,13 +2,17 @@
 //! row becomes, and which LSN may be confirmed. Time comes in as an argument and work goes out as a value, so a
 //! test feeds bytes and asserts what comes out.
 
+mod disposal;
 pub mod lsn;
 pub mod outbox;
+pub mod parking;
 pub mod pgoutput;
+pub mod poison;
 pub mod progress;
 pub mod record;
 pub mod relay;
 pub mod route;
+pub mod source;
 
 pub use lsn::Lsn;
 pub use record::Outgoing;

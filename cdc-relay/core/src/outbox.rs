@@ -1,8 +1,11 @@
 //! An inserted row of the outbox table becomes an [`OutboxRow`], or a typed [`Poison`].
 
-use std::{fmt, str};
+use std::str;
 
-use crate::pgoutput::{Relation, Row, Value};
+use crate::{
+    pgoutput::{Relation, Row, Value},
+    poison::Poison,
+};
 
 /// Postgres' type oid of `bytea`, whose text output is hexadecimal (`bytea_output = hex`, which the session asks
 /// for) and has to be undone.
@@ -112,97 +115,70 @@ pub struct OutboxRow<'a> {
     pub topic: Option<&'a str>,
 }
 
-/// Why a row cannot become a record.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Poison {
-    /// The table has no such column.
-    MissingColumn(String),
-    /// The column must have a value.
-    NullColumn(Field),
-    /// The column's value is not what it has to be.
-    BadColumn(Field, &'static str),
-    /// The row has another number of values than the relation has columns.
-    WrongNumberOfValues,
-    /// The topic's name is not legal.
-    UnroutableTopic(String),
-}
-
-impl fmt::Display for Poison {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::MissingColumn(name) => write!(f, "the outbox table has no column {name:?}"),
-            Self::NullColumn(field) => write!(f, "the {field:?} column is NULL"),
-            Self::BadColumn(field, why) => write!(f, "the {field:?} column {why}"),
-            Self::WrongNumberOfValues => {
-                write!(f, "the row does not have as many values as the table has columns")
-            }
-            Self::UnroutableTopic(topic) => {
-                write!(f, "its topic {topic:?} is not a legal name of a Kafka topic")
-            }
-        }
-    }
-}
-
 impl Shape {
-    /// Reads a row. `payload` is where a bytea payload is decoded to; it keeps its capacity from row to row.
-    pub fn read<'a>(&self, row: Row<'a>, payload: &'a mut Vec<u8>) -> Result<OutboxRow<'a>, Poison> {
-        if let Some(name) = &self.missing {
-            return Err(Poison::MissingColumn(name.clone()));
-        }
+    /// Reads a row: what can be read of it, and why it cannot be a record where that is so. `payload` is where a
+    /// bytea payload is decoded to; it keeps its capacity from row to row.
+    pub fn read<'a>(&self, row: Row<'a>, payload: &'a mut Vec<u8>) -> (OutboxRow<'a>, Option<Poison>) {
+        let mut poison = self.missing.clone().map(Poison::MissingColumn);
         if row.len() != self.roles.len() {
-            return Err(Poison::WrongNumberOfValues);
+            return (OutboxRow::default(), poison.or(Some(Poison::WrongNumberOfValues)));
         }
+        let mut found = |why: Poison| {
+            poison.get_or_insert(why);
+        };
         let mut values: [Option<&'a [u8]>; FIELDS] = [None; FIELDS];
         for (role, value) in self.roles.iter().zip(row.values()) {
             let Some(field) = *role else { continue };
             values[field as usize] = match value {
                 Value::Null => None,
                 Value::Text(bytes) => Some(bytes),
-                Value::Unchanged => return Err(Poison::BadColumn(field, "was not sent")),
+                Value::Unchanged => {
+                    found(Poison::BadColumn(field, "was not sent"));
+                    None
+                }
                 Value::Binary(_) => {
-                    return Err(Poison::BadColumn(field, "came in binary, which was not asked for"));
+                    found(Poison::BadColumn(field, "came in binary, which was not asked for"));
+                    None
                 }
             };
         }
-        let text = |field: Field| match values[field as usize].map(str::from_utf8) {
-            None => Ok(None),
-            Some(Ok(text)) => Ok(Some(text)),
-            Some(Err(_)) => Err(Poison::BadColumn(field, "is not UTF-8")),
-        };
-        let required = |field| text(field)?.ok_or(Poison::NullColumn(field));
-        let partition = match text(Field::Partition)?.map(str::parse::<i32>) {
+        let mut text = |field: Field| match values[field as usize].map(str::from_utf8) {
+            None if (field as usize) < REQUIRED => {
+                found(Poison::NullColumn(field));
+                None
+            }
             None => None,
-            Some(Ok(partition)) if partition >= 0 => Some(partition),
-            Some(_) => {
-                return Err(Poison::BadColumn(Field::Partition, "is not a partition (0 to 2147483647)"));
+            Some(Ok(text)) => Some(text),
+            Some(Err(_)) => {
+                found(Poison::BadColumn(field, "is not UTF-8"));
+                None
             }
         };
-        Ok(OutboxRow {
-            id: required(Field::Id)?,
-            aggregate_type: required(Field::AggregateType)?,
-            aggregate_id: required(Field::AggregateId)?,
-            event_type: required(Field::EventType)?,
-            headers: text(Field::Headers)?,
-            traceparent: text(Field::Traceparent)?,
-            partition,
-            topic: text(Field::Topic)?,
-            payload: match values[Field::Payload as usize] {
-                Some(hex) if self.payload_is_bytea => {
-                    decode_bytea(hex, payload)?;
-                    Some(payload)
-                }
-                other => other,
-            },
-        })
-    }
-
-    /// The row's id, as far as it can be told: for the message about a row that is poison.
-    pub fn id_of(&self, row: Row<'_>) -> Option<String> {
-        let index = self.roles.iter().position(|r| *r == Some(Field::Id))?;
-        match row.values().nth(index)? {
-            Value::Text(bytes) => Some(String::from_utf8_lossy(bytes).into_owned()),
-            _ => None,
+        let mut out = OutboxRow {
+            id: text(Field::Id).unwrap_or_default(),
+            aggregate_type: text(Field::AggregateType).unwrap_or_default(),
+            aggregate_id: text(Field::AggregateId).unwrap_or_default(),
+            event_type: text(Field::EventType).unwrap_or_default(),
+            headers: text(Field::Headers),
+            traceparent: text(Field::Traceparent),
+            partition: None,
+            topic: text(Field::Topic),
+            payload: values[Field::Payload as usize],
+        };
+        match text(Field::Partition).map(str::parse::<i32>) {
+            None => {}
+            Some(Ok(partition)) if partition >= 0 => out.partition = Some(partition),
+            Some(_) => {
+                found(Poison::BadColumn(Field::Partition, "is not a partition (0 to 2147483647)"));
+            }
         }
+        if let Some(hex) = out.payload.filter(|_| self.payload_is_bytea) {
+            match decode_bytea(hex, payload) {
+                Ok(()) => out.payload = Some(payload),
+                Err(why) => found(why),
+            }
+        }
+        (out, poison)
     }
 }
 
@@ -259,7 +235,9 @@ mod tests {
         let Ok(Message::Insert { row, .. }) = decode(&insert) else { panic!("not an insert") };
         let table = OutboxTable::default();
         assert!(table.is(relation));
-        check(table.shape(relation).read(row, &mut Vec::new()));
+        let mut scratch = Vec::new();
+        let (row, poison) = table.shape(relation).read(row, &mut scratch);
+        check(poison.map_or(Ok(row), Err));
     }
 
     #[test]

@@ -1,93 +1,142 @@
-//! The record that a row becomes: its key, value, headers and cost.
+//! The record that a row becomes.
 
-use std::collections::BTreeMap;
-
-use serde_json::value::RawValue;
-
-use crate::{
-    outbox::{Field, OutboxRow, Poison},
-    progress::Ticket,
-};
+use crate::{Lsn, progress::Ticket};
 
 /// Kafka's and librdkafka's cost of a record beside its own bytes, in bytes: a round figure for the credit.
 const OVERHEAD_BYTES: usize = 256;
-/// A record for Kafka. It must be enqueued in the order in which it came, and later [settled](crate::Relay::handle_settled).
+
+/// What a row is known by: the LSN of its transaction's commit, and the ordinal of its change, counting from 0
+/// every change and message that pgoutput sends inside the transaction. Several changes can share an LSN, so an
+/// LSN of a change would not do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct Identity {
+    pub commit_lsn: Lsn,
+    pub seq: u64,
+}
+
+/// A row as a record for Kafka, borrowed from the stream and from scratch.
+#[derive(Debug, Clone, Copy)]
+pub struct Record<'a> {
+    pub identity: Identity,
+    /// The row's id, for an operator; empty where it cannot be told.
+    pub row_id: &'a str,
+    pub aggregate_type: &'a str,
+    /// Empty where it cannot be told.
+    pub aggregate_id: &'a str,
+    pub topic: &'a str,
+    pub key: Option<&'a [u8]>,
+    /// None is a tombstone.
+    pub value: Option<&'a [u8]>,
+    /// None: by the key.
+    pub partition: Option<i32>,
+    /// The record's timestamp, in milliseconds since the Unix epoch.
+    pub timestamp_ms: i64,
+    pub headers: &'a Headers,
+}
+
+/// A record to be enqueued, in the order in which it came, and later
+/// [settled](crate::Relay::handle_settled).
 #[derive(Debug, Clone, Copy)]
 pub struct Outgoing<'a> {
     pub ticket: Ticket,
-    pub topic: &'a str,
-    pub row: OutboxRow<'a>,
-    /// The commit time, in milliseconds since the Unix epoch: the record's timestamp.
-    pub committed_at_ms: i64,
-    pub(crate) position: &'a PositionText,
-    pub(crate) own_headers: &'a [OwnHeader],
+    pub record: Record<'a>,
+    /// Whether this is not the row's own topic but the relay's dead-letter topic.
+    pub is_dead_letter: bool,
 }
 
-/// A header that the row brought: its name, and its value unless that is JSON's null.
-pub(crate) type OwnHeader = (String, Option<String>);
-
-/// The record's identity as text, for its headers.
-#[derive(Debug, Default)]
-pub(crate) struct PositionText {
-    pub(crate) commit_lsn: String,
-    pub(crate) seq: String,
-}
-
-impl<'a> Outgoing<'a> {
-    /// The record's headers, in order: ours, then the row's own.
-    pub fn headers(&self) -> impl Iterator<Item = (&'a str, Option<&'a [u8]>)> {
-        let row = self.row;
-        let traceparent = row.traceparent.map(|t| ("traceparent", Some(t.as_bytes())));
-        let ours = [
-            ("id", row.id),
-            ("type", row.event_type),
-            ("aggregatetype", row.aggregate_type),
-            ("lsn", self.position.commit_lsn.as_str()),
-            ("seq", self.position.seq.as_str()),
-        ];
-        let own = self.own_headers.iter().map(|(n, v)| (n.as_str(), v.as_deref().map(str::as_bytes)));
-        ours.into_iter().map(|(name, value)| (name, Some(value.as_bytes()))).chain(traceparent).chain(own)
-    }
-
+impl Record<'_> {
     /// Which row it is, for an operator: the row's id, and where it is in the log.
     pub fn describe(&self) -> String {
-        let PositionText { commit_lsn, seq } = self.position;
-        format!("outbox row {} (commit LSN {commit_lsn}, change {seq})", self.row.id)
+        let id = if self.row_id.is_empty() { "unknown" } else { self.row_id };
+        let Identity { commit_lsn, seq } = self.identity;
+        format!("outbox row {id} (commit LSN {commit_lsn}, change {seq})")
     }
 
     /// What the record takes of the credit in flight, in bytes.
     pub(crate) fn cost_bytes(&self) -> usize {
-        let headers: usize = self.headers().map(|(n, v)| n.len() + v.map_or(0, <[u8]>::len)).sum();
-        let row = &self.row;
-        OVERHEAD_BYTES
-            + headers
-            + self.topic.len()
-            + row.aggregate_id.len()
-            + row.payload.map_or(0, <[u8]>::len)
+        let length = |bytes: Option<&[u8]>| bytes.map_or(0, <[u8]>::len);
+        OVERHEAD_BYTES + self.headers.bytes() + self.topic.len() + length(self.key) + length(self.value)
     }
 }
 
-/// Names of headers that are the relay's; a row's own header of that name is left out. So is `traceparent` where
-/// the column has a value.
-const RESERVED_HEADERS: [&str; 5] = ["id", "type", "aggregatetype", "lsn", "seq"];
+/// A record's headers in order, in two buffers that keep their capacity from record to record.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Headers {
+    names: String,
+    values: Vec<u8>,
+    /// Where each header ends in the two buffers, and whether it has a value.
+    ends: Vec<(usize, usize, bool)>,
+}
 
-/// The row's own headers: a JSON object. Text goes as it is, null as a header without a value, anything else as
-/// its JSON text.
-pub(crate) fn read_own_headers(row: &OutboxRow<'_>, out: &mut Vec<OwnHeader>) -> Result<(), Poison> {
-    out.clear();
-    let Some(json) = row.headers else { return Ok(()) };
-    let bad = |_| Poison::BadColumn(Field::Headers, "is not a JSON object");
-    let object: BTreeMap<String, &RawValue> = serde_json::from_str(json).map_err(bad)?;
-    for (name, raw) in object {
-        if RESERVED_HEADERS.contains(&name.as_str()) || (name == "traceparent" && row.traceparent.is_some()) {
-            continue;
-        }
-        let value = match raw.get() {
-            "null" => None,
-            text if text.starts_with('"') => Some(serde_json::from_str(text).map_err(bad)?),
-            other => Some(other.to_owned()),
-        };
-        out.push((name, value));
+impl Headers {
+    /// Forgets all of them.
+    pub fn clear(&mut self) {
+        self.names.clear();
+        self.values.clear();
+        self.ends.clear();
     }
-    Ok(())
+
+    /// Adds one at the end.
+    pub fn push(&mut self, name: &str, value: Option<&[u8]>) {
+        self.names.push_str(name);
+        self.values.extend_from_slice(value.unwrap_or_default());
+        self.ends.push((self.names.len(), self.values.len(), value.is_some()));
+    }
+
+    /// Adds one with a text value at the end.
+    pub fn push_text(&mut self, name: &str, value: &str) {
+        self.push(name, Some(value.as_bytes()));
+    }
+
+    /// Name and value of each, in order.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, Option<&[u8]>)> {
+        let mut from = (0, 0);
+        self.ends.iter().map(move |&(name_end, value_end, has_value)| {
+            let name = &self.names[from.0..name_end];
+            let value = &self.values[from.1..value_end];
+            from = (name_end, value_end);
+            (name, has_value.then_some(value))
+        })
+    }
+
+    /// The first header of that name: its value, which may be null.
+    pub fn get(&self, name: &str) -> Option<Option<&[u8]>> {
+        self.iter().find(|(n, _)| *n == name).map(|(_, v)| v)
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.ends.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.ends.is_empty()
+    }
+
+    /// Names and values together, in bytes.
+    pub fn bytes(&self) -> usize {
+        self.names.len() + self.values.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn headers_come_out_as_they_went_in(list: Vec<(String, Option<Vec<u8>>)>) {
+            let mut headers = Headers::default();
+            headers.push_text("left", "over");
+            headers.clear();
+            for (name, value) in &list {
+                headers.push(name, value.as_deref());
+            }
+            let out: Vec<_> = headers.iter().map(|(n, v)| (n.to_owned(), v.map(<[u8]>::to_vec))).collect();
+            prop_assert_eq!(out, list);
+        }
+    }
 }

@@ -1,41 +1,54 @@
 //! The state machine between the replication stream and Kafka.
 //!
 //! `handle_*` takes what happened and the time; [`Relay::handle_wal`] hands back the record to enqueue,
-//! [`Relay::take_status`] the status update to send. Time is a [`Duration`] since an arbitrary start.
+//! [`Relay::take_checkpoint`] the position to write down in Kafka, [`Relay::take_status`] the status update to
+//! send. Time is a [`Duration`] since an arbitrary start.
 
 use std::{
-    collections::HashMap,
-    fmt::{self, Write as _},
+    collections::{BTreeMap, HashMap},
+    fmt,
     time::Duration,
 };
 
 use crate::{
-    Lsn,
-    outbox::{OutboxTable, Poison, Shape},
-    pgoutput::{self, DecodeError, Message, Row},
+    Lsn, Outgoing,
+    disposal::Disposal,
+    parking::{Key, Parking},
+    poison::{Kind, Poison, Policies, Policy},
     progress::{NotInFlight, Progress, Ticket},
-    record::{Outgoing, OwnHeader, PositionText, read_own_headers},
-    route::TopicTemplate,
+    record::{Headers, Identity},
+    source::{self, Source, Step, StreamError},
 };
 
-/// What the scratch for a decoded payload may keep from row to row, in bytes.
-const SCRATCH_KEPT_BYTES: usize = 1 << 20;
-/// Between two status updates that only tell progress.
-const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
-/// From the Unix epoch to Postgres' (2000-01-01), in microseconds.
-const POSTGRES_EPOCH_US: i64 = 946_684_800_000_000;
+/// Between two checkpoints. Each costs a small record, and only what one covers can be confirmed.
+const CHECKPOINT_INTERVAL: Duration = Duration::from_millis(250);
 
 /// What the state machine has to know.
 #[derive(Debug, Clone)]
 pub struct Options {
-    pub table: OutboxTable,
-    pub topic: TopicTemplate,
+    pub source: source::Options,
+    pub policies: Policies,
+    /// Where rows go whose policy is to dead-letter or to park.
+    pub dead_letter_topic: String,
     /// Input pauses while this many bytes, or more, are in flight. One record may exceed it.
     pub in_flight_limit_bytes: usize,
     /// The longest time between two status updates: well below the server's `wal_sender_timeout`.
     pub status_interval: Duration,
     /// The server is taken for dead when nothing came for so long although we read.
     pub silence_limit: Duration,
+}
+
+/// What is known of the past when a session starts.
+#[derive(Debug, Clone, Default)]
+pub struct Past {
+    /// The slot's confirmed flush LSN: everything up to here was settled earlier.
+    pub confirmed: Lsn,
+    /// The LSN of the last checkpoint.
+    pub checkpoint: Lsn,
+    /// Rows that Kafka refused in an earlier session.
+    pub refused: HashMap<Identity, Poison>,
+    /// Aggregates that are parked, and the first row of each that was.
+    pub parked: BTreeMap<Key, Identity>,
 }
 
 /// A standby status update
@@ -51,12 +64,12 @@ pub struct StatusUpdate {
 /// Why the relay must not go on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Halt {
-    /// Bytes that are not pgoutput's.
-    Undecodable { commit_lsn: Lsn, seq: u64, error: DecodeError },
-    /// Messages in an order that pgoutput does not send.
-    OutOfProtocol(&'static str),
-    /// A row that cannot become a record.
-    Poison { commit_lsn: Lsn, seq: u64, row_id: Option<String>, poison: Poison },
+    /// The stream cannot be followed.
+    Stream(StreamError),
+    /// A row that cannot become a record, and the policy of whose kind is to halt.
+    Poison { row: String, poison: Poison },
+    /// More aggregates would be parked than the limit allows.
+    TooManyParked { limit: usize },
     /// A delivery report for a record that is not in flight.
     UnknownTicket(NotInFlight),
 }
@@ -64,20 +77,9 @@ pub enum Halt {
 impl fmt::Display for Halt {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Undecodable { commit_lsn, seq, error } => {
-                write!(
-                    f,
-                    "change {seq} of the transaction committed at {commit_lsn} cannot be decoded: {error}"
-                )
-            }
-            Self::OutOfProtocol(what) => write!(f, "the replication stream is out of protocol: {what}"),
-            Self::Poison { commit_lsn, seq, row_id, poison } => {
-                let id = row_id.as_deref().unwrap_or("unknown");
-                write!(
-                    f,
-                    "outbox row {id} (commit LSN {commit_lsn}, change {seq}) cannot be published: {poison}"
-                )
-            }
+            Self::Stream(error) => error.fmt(f),
+            Self::Poison { row, poison } => write!(f, "{row} cannot be published: {poison}"),
+            Self::TooManyParked { limit } => write!(f, "{limit} aggregates are parked, which is the limit"),
             Self::UnknownTicket(NotInFlight(ticket)) => {
                 write!(f, "Kafka reported the delivery of record {} which is not in flight", ticket.0)
             }
@@ -87,24 +89,33 @@ impl fmt::Display for Halt {
 
 impl std::error::Error for Halt {}
 
-/// The transaction that is being read.
-#[derive(Debug)]
-struct Open {
-    commit_lsn: Lsn,
-    committed_at_ms: i64,
-    /// The ordinal of the next change, counting everything pgoutput sends inside the transaction.
-    next_seq: u64,
+impl From<StreamError> for Halt {
+    fn from(error: StreamError) -> Self {
+        Self::Stream(error)
+    }
+}
+
+/// A row that did not go the usual way.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Diversion {
+    pub kind: Kind,
+    pub policy: Policy,
+    /// Which row it was and why, for an operator.
+    pub what: String,
 }
 
 /// One replication session's state. A new session starts with a new one.
 #[derive(Debug)]
 pub struct Relay {
     options: Options,
+    source: Source,
     progress: Progress,
-    open: Option<Open>,
-    /// The shape of each relation seen; None where it is not the outbox.
-    relations: HashMap<u32, Option<Shape>>,
+    disposal: Disposal,
     received: Lsn,
+    /// The checkpoint that Kafka has, and the one that it has not acknowledged yet.
+    checkpoint: Lsn,
+    checkpoint_in_flight: Option<Lsn>,
+    last_checkpoint: Option<Duration>,
     /// Whether the caller reads what the server sends.
     listening: bool,
     last_heard: Duration,
@@ -112,33 +123,34 @@ pub struct Relay {
     reported: Lsn,
     reply_wanted: bool,
     ignored_changes: u64,
-    // Scratch that keeps its capacity from row to row.
-    topic: String,
-    payload: Vec<u8>,
-    position: PositionText,
-    own_headers: Vec<OwnHeader>,
 }
 
 impl Relay {
-    /// A session that starts now, everything up to `confirmed` having been settled earlier.
-    pub fn new(options: Options, confirmed: Lsn, now: Duration) -> Self {
+    /// A session that starts now. Input is paused until the caller [listens](Self::set_listening).
+    pub fn new(options: Options, past: Past, now: Duration) -> Self {
         Self {
+            source: Source::new(options.source.clone()),
+            disposal: Disposal {
+                policies: options.policies,
+                dead_letter_topic: options.dead_letter_topic.clone(),
+                parking: Parking::new(past.parked),
+                refused: past.refused,
+                diversions: Vec::new(),
+                headers: Headers::default(),
+            },
             options,
-            progress: Progress::new(confirmed),
-            open: None,
-            relations: HashMap::new(),
-            received: confirmed,
-            listening: true,
+            progress: Progress::new(past.confirmed),
+            received: past.confirmed,
+            checkpoint: past.checkpoint,
+            checkpoint_in_flight: None,
+            last_checkpoint: None,
+            listening: false,
             last_heard: now,
             last_status: now,
-            reported: confirmed,
+            reported: past.confirmed,
             // The first status update goes out at once: it tells the server who we are and where we stand.
             reply_wanted: true,
             ignored_changes: 0,
-            topic: String::new(),
-            payload: Vec::new(),
-            position: PositionText::default(),
-            own_headers: Vec::new(),
         }
     }
 
@@ -151,120 +163,38 @@ impl Relay {
     ) -> Result<Option<Outgoing<'a>>, Halt> {
         self.last_heard = now;
         self.received = self.received.max(start);
-        let message = pgoutput::decode(bytes).map_err(|error| {
-            let (commit_lsn, seq) = self.open.as_ref().map_or((start, 0), |o| (o.commit_lsn, o.next_seq));
-            Halt::Undecodable { commit_lsn, seq, error }
-        })?;
-        match message {
-            Message::Begin { commit_lsn, committed_at_us, .. } => self.begin(commit_lsn, committed_at_us)?,
-            Message::Commit { commit_lsn, end_lsn, .. } => self.commit(commit_lsn, end_lsn)?,
-            Message::Relation(relation) => {
-                let shape = self.options.table.is(relation).then(|| self.options.table.shape(relation));
-                self.relations.insert(relation.oid, shape);
+        match self.source.handle(start, bytes)? {
+            Step::Nothing => Ok(None),
+            Step::PassedOver => {
+                self.ignored_changes += 1;
+                Ok(None)
             }
-            Message::Insert { relation_oid, row } => return self.insert(relation_oid, row),
-            // A non-transactional message can come at any time, so it is outside a transaction's count.
-            Message::Origin { .. }
-            | Message::Type { .. }
-            | Message::LogicalMessage { transactional: false, .. } => {}
-            Message::Update { .. }
-            | Message::Delete { .. }
-            | Message::Truncate { .. }
-            | Message::LogicalMessage { .. } => self.pass_over()?,
-        }
-        Ok(None)
-    }
-
-    fn begin(&mut self, commit_lsn: Lsn, committed_at_us: i64) -> Result<(), Halt> {
-        if self.open.is_some() {
-            return Err(Halt::OutOfProtocol("a transaction begins inside another"));
-        }
-        let committed_at_ms = committed_at_us.saturating_add(POSTGRES_EPOCH_US) / 1000;
-        self.open = Some(Open { commit_lsn, committed_at_ms, next_seq: 0 });
-        self.position.commit_lsn.clear();
-        // Writing to a String cannot fail.
-        let _ = write!(self.position.commit_lsn, "{commit_lsn}");
-        Ok(())
-    }
-
-    fn commit(&mut self, commit_lsn: Lsn, end_lsn: Lsn) -> Result<(), Halt> {
-        match self.open.take() {
-            Some(open) if open.commit_lsn == commit_lsn => {
+            Step::Commit { end_lsn } => {
                 self.received = self.received.max(end_lsn);
                 self.progress.commit(end_lsn);
-                Ok(())
+                Ok(None)
             }
-            Some(_) => Err(Halt::OutOfProtocol("a commit does not belong to the transaction before it")),
-            None => Err(Halt::OutOfProtocol("a commit without a begin")),
+            Step::Row(drafted) => self.disposal.dispose(drafted, &mut self.progress, None, true),
         }
-    }
-
-    /// Counts a change of the open transaction, and leaves its ordinal as text.
-    fn count_change(&mut self) -> Result<(), Halt> {
-        let open = self.open.as_mut().ok_or(Halt::OutOfProtocol("a change outside a transaction"))?;
-        self.position.seq.clear();
-        let _ = write!(self.position.seq, "{}", open.next_seq);
-        open.next_seq += 1;
-        Ok(())
-    }
-
-    /// A change that is not an insert into the outbox: counted, and nothing else.
-    fn pass_over(&mut self) -> Result<(), Halt> {
-        self.count_change()?;
-        self.ignored_changes += 1;
-        Ok(())
-    }
-
-    fn insert<'a>(&'a mut self, relation_oid: u32, row: Row<'a>) -> Result<Option<Outgoing<'a>>, Halt> {
-        if matches!(self.relations.get(&relation_oid), Some(None)) {
-            self.pass_over()?;
-            return Ok(None);
-        }
-        self.count_change()?;
-        self.outgoing(relation_oid, row, None).map(Some)
     }
 
     /// The record that [`handle_wal`](Self::handle_wal) made of these bytes, once more: for a caller that could
-    /// not enqueue it then. Nothing may have been handled in between.
-    pub fn repeat<'a>(&'a mut self, ticket: Ticket, bytes: &'a [u8]) -> Result<Outgoing<'a>, Halt> {
-        match pgoutput::decode(bytes) {
-            Ok(Message::Insert { relation_oid, row }) => self.outgoing(relation_oid, row, Some(ticket)),
-            _ => Err(Halt::OutOfProtocol("what is to be repeated is not an insert")),
-        }
+    /// not enqueue it then. Nothing may have been handled in between. None when it turned out to be left out.
+    pub fn repeat<'a>(&'a mut self, ticket: Ticket, bytes: &'a [u8]) -> Result<Option<Outgoing<'a>>, Halt> {
+        let drafted = self.source.repeat(bytes)?;
+        self.disposal.dispose(drafted, &mut self.progress, Some(ticket), false)
     }
 
-    /// The record for a row, which is the last change that was counted. It takes its credit unless it already
-    /// has its ticket.
-    fn outgoing<'a>(
+    /// Kafka would not take the record that these bytes became: what its policy makes of it instead.
+    pub fn refuse<'a>(
         &'a mut self,
-        relation_oid: u32,
-        row: Row<'a>,
-        ticket: Option<Ticket>,
-    ) -> Result<Outgoing<'a>, Halt> {
-        let Some(Some(shape)) = self.relations.get(&relation_oid) else {
-            return Err(Halt::OutOfProtocol("a row of a relation that was not described"));
-        };
-        let open = self.open.as_ref().ok_or(Halt::OutOfProtocol("a row outside a transaction"))?;
-        let (commit_lsn, seq) = (open.commit_lsn, open.next_seq.saturating_sub(1));
-        let poison = |poison| Halt::Poison { commit_lsn, seq, row_id: shape.id_of(row), poison };
-        if self.payload.capacity() > SCRATCH_KEPT_BYTES {
-            self.payload = Vec::new();
-        }
-        let outbox_row = shape.read(row, &mut self.payload).map_err(poison)?;
-        if !self.options.topic.render(&outbox_row, &mut self.topic) {
-            return Err(poison(Poison::UnroutableTopic(self.topic.clone())));
-        }
-        read_own_headers(&outbox_row, &mut self.own_headers).map_err(poison)?;
-        let mut outgoing = Outgoing {
-            ticket: Ticket(0),
-            topic: &self.topic,
-            row: outbox_row,
-            committed_at_ms: open.committed_at_ms,
-            position: &self.position,
-            own_headers: &self.own_headers,
-        };
-        outgoing.ticket = ticket.unwrap_or_else(|| self.progress.begin_record(outgoing.cost_bytes()));
-        Ok(outgoing)
+        ticket: Ticket,
+        bytes: &'a [u8],
+        poison: Poison,
+    ) -> Result<Option<Outgoing<'a>>, Halt> {
+        let drafted = self.source.repeat(bytes)?;
+        self.disposal.refused.insert(drafted.record.identity, poison);
+        self.disposal.dispose(drafted, &mut self.progress, Some(ticket), true)
     }
 
     /// A keepalive: the server has sent everything up to `wal_end`.
@@ -272,7 +202,7 @@ impl Relay {
         self.last_heard = now;
         self.received = self.received.max(wal_end);
         self.reply_wanted |= reply_requested;
-        if self.open.is_none() {
+        if !self.source.is_in_transaction() {
             self.progress.idle_until(wal_end);
         }
     }
@@ -280,6 +210,42 @@ impl Relay {
     /// Kafka has acknowledged a record.
     pub fn handle_settled(&mut self, ticket: Ticket) -> Result<(), Halt> {
         self.progress.settle(ticket).map_err(Halt::UnknownTicket)
+    }
+
+    /// The marker to write, if an aggregate was parked or freed: Kafka has to acknowledge it like a record.
+    pub fn take_marker(&mut self) -> Option<Marker> {
+        let (key, parked) = self.disposal.parking.take_change()?;
+        let ticket = self.progress.begin_record(key.cost_bytes());
+        Some(Marker { ticket, key, parked })
+    }
+
+    /// The position to write down in Kafka now, if it is time: everything up to it is settled.
+    pub fn take_checkpoint(&mut self, now: Duration) -> Option<Lsn> {
+        let due = self.checkpoint_deadline().is_some_and(|deadline| now >= deadline);
+        due.then(|| {
+            let lsn = self.progress.confirmed();
+            self.checkpoint_in_flight = Some(lsn);
+            self.last_checkpoint = Some(now);
+            lsn
+        })
+    }
+
+    fn checkpoint_deadline(&self) -> Option<Duration> {
+        let wanted = self.progress.confirmed() > self.checkpoint && self.checkpoint_in_flight.is_none();
+        wanted.then(|| self.last_checkpoint.map_or(Duration::ZERO, |last| last + CHECKPOINT_INTERVAL))
+    }
+
+    /// Kafka has acknowledged the checkpoint.
+    pub fn handle_checkpointed(&mut self) {
+        if let Some(lsn) = self.checkpoint_in_flight.take() {
+            self.checkpoint = self.checkpoint.max(lsn);
+        }
+    }
+
+    /// What the server may be told: settled, and covered by a checkpoint. Never goes backwards.
+    pub fn confirmed(&self) -> Lsn {
+        // A checkpoint may be ahead of what a server remembers that crashed.
+        self.progress.confirmed().min(self.checkpoint).max(self.reported)
     }
 
     /// Whether to read on. False at the bound of what may be in flight.
@@ -301,17 +267,20 @@ impl Relay {
         self.listening && now.saturating_sub(self.last_heard) >= self.options.silence_limit
     }
 
-    /// When [`take_status`](Self::take_status) or [`is_silent`](Self::is_silent) next has to be asked.
+    /// When [`take_checkpoint`](Self::take_checkpoint), [`take_status`](Self::take_status) or
+    /// [`is_silent`](Self::is_silent) next has to be asked.
     pub fn next_deadline(&self) -> Duration {
-        let status = self.status_deadline();
-        if self.listening { status.min(self.last_heard + self.options.silence_limit) } else { status }
+        let silence = self.listening.then(|| self.last_heard + self.options.silence_limit);
+        [silence, self.checkpoint_deadline()]
+            .into_iter()
+            .flatten()
+            .fold(self.status_deadline(), Duration::min)
     }
 
     fn status_deadline(&self) -> Duration {
-        if self.reply_wanted {
+        // Checkpoints come a few times a second at most, so what they cover is told at once.
+        if self.reply_wanted || self.confirmed() > self.reported {
             Duration::ZERO
-        } else if self.progress.confirmed() > self.reported {
-            self.last_status + PROGRESS_INTERVAL.min(self.options.status_interval)
         } else {
             self.last_status + self.options.status_interval
         }
@@ -324,7 +293,7 @@ impl Relay {
 
     /// The status update as it is, due or not: the last one before a clean stop.
     pub fn final_status(&mut self, now: Duration) -> StatusUpdate {
-        let confirmed = self.progress.confirmed();
+        let confirmed = self.confirmed();
         self.reply_wanted = false;
         self.last_status = now;
         self.reported = confirmed;
@@ -333,10 +302,15 @@ impl Relay {
 
     /// Whether a transaction has been read in part.
     pub fn is_in_transaction(&self) -> bool {
-        self.open.is_some()
+        self.source.is_in_transaction()
     }
 
-    /// What is in flight, and what may be confirmed.
+    /// Whether everything that was read is settled, and covered by a checkpoint.
+    pub fn is_at_rest(&self) -> bool {
+        self.progress.is_idle() && self.progress.confirmed() <= self.checkpoint
+    }
+
+    /// What is in flight.
     pub fn progress(&self) -> &Progress {
         &self.progress
     }
@@ -346,10 +320,40 @@ impl Relay {
         self.received
     }
 
+    /// The position that the last acknowledged checkpoint covers.
+    pub fn checkpoint(&self) -> Lsn {
+        self.checkpoint
+    }
+
     /// Changes so far that were not inserts into the outbox.
     pub fn ignored_changes(&self) -> u64 {
         self.ignored_changes
     }
+
+    /// The rows that did not go the usual way since the last call.
+    pub fn take_diversions(&mut self) -> Vec<Diversion> {
+        std::mem::take(&mut self.disposal.diversions)
+    }
+
+    /// The aggregates that are parked.
+    pub fn parking(&self) -> &Parking {
+        &self.disposal.parking
+    }
+
+    /// Frees an aggregate: its later rows go to their own topic again. [`take_marker`](Self::take_marker) hands
+    /// out what has to be written. Whether it was parked.
+    pub fn free(&mut self, key: &Key) -> bool {
+        self.disposal.parking.free(key)
+    }
+}
+
+/// An aggregate was parked, or freed again: to be written to the topic of parked keys.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Marker {
+    pub ticket: Ticket,
+    pub key: Key,
+    /// The first row of it that was parked; None when it was freed.
+    pub parked: Option<Identity>,
 }
 
 #[cfg(test)]

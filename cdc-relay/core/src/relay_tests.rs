@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use proptest::prelude::*;
 
 use super::*;
-use crate::{outbox::Field, pgoutput::tests::encode};
+use crate::{outbox::OutboxTable, pgoutput::tests::encode, route::TopicTemplate};
 
 const OUTBOX: u32 = 100;
 const OTHER: u32 = 200;
@@ -21,8 +21,12 @@ const COLUMNS: [(&str, u32); 7] = [
 
 fn options() -> Options {
     Options {
-        table: OutboxTable::default(),
-        topic: TopicTemplate::parse("${aggregatetype}-events").unwrap(),
+        source: source::Options {
+            table: OutboxTable::default(),
+            topic: TopicTemplate::parse("${aggregatetype}-events").unwrap(),
+        },
+        policies: Policies::default(),
+        dead_letter_topic: "dead".into(),
         in_flight_limit_bytes: 4096,
         status_interval: Duration::from_secs(10),
         silence_limit: Duration::from_mins(1),
@@ -31,13 +35,27 @@ fn options() -> Options {
 
 /// A relay that knows both tables, and whose first status update has been sent.
 fn started(now: Duration) -> Relay {
-    let mut relay = Relay::new(options(), Lsn(1), now);
+    let mut relay = started_with(options(), now);
+    assert_eq!(relay.take_status(now), Some(StatusUpdate { received: Lsn(1), confirmed: Lsn(1) }));
+    relay
+}
+
+fn started_with(options: Options, now: Duration) -> Relay {
+    let past = Past { confirmed: Lsn(1), checkpoint: Lsn(1), ..Past::default() };
+    let mut relay = Relay::new(options, past, now);
+    relay.set_listening(true, now);
     for (oid, name) in [(OUTBOX, "outbox"), (OTHER, "orders")] {
         let bytes = encode::relation(oid, "public", name, &COLUMNS);
         assert!(relay.handle_wal(Lsn::ZERO, &bytes, now).unwrap().is_none());
     }
-    assert_eq!(relay.take_status(now), Some(StatusUpdate { received: Lsn(1), confirmed: Lsn(1) }));
     relay
+}
+
+/// Kafka takes the checkpoint that is due.
+fn checkpoint(relay: &mut Relay, now: Duration) -> Option<Lsn> {
+    let lsn = relay.take_checkpoint(now);
+    relay.handle_checkpointed();
+    lsn
 }
 
 fn row(id: &str, headers: Option<&str>) -> Vec<u8> {
@@ -67,12 +85,11 @@ fn a_row_becomes_the_record_of_the_contract() {
     feed(&mut relay, &encode::delete(OTHER));
     let bytes = row("e1", Some(r#"{"tenant":"ä","n":1.50,"gone":null,"seq":"mine","traceparent":"mine"}"#));
     let out = relay.handle_wal(Lsn::ZERO, &bytes, Duration::ZERO).unwrap().unwrap();
-    assert_eq!(
-        (out.topic, out.row.aggregate_id, out.row.payload),
-        ("order-events", "o1", Some(&b"{\"a\": 1}"[..]))
-    );
-    assert_eq!(out.committed_at_ms, 1_767_225_600_000);
-    let headers: Vec<_> = out.headers().map(|(n, v)| (n, v.map(|v| str::from_utf8(v).unwrap()))).collect();
+    let out = out.record;
+    assert_eq!((out.topic, out.key, out.value), ("order-events", Some(&b"o1"[..]), Some(&b"{\"a\": 1}"[..])));
+    assert_eq!(out.timestamp_ms, 1_767_225_600_000);
+    let headers: Vec<_> =
+        out.headers.iter().map(|(n, v)| (n, v.map(|v| str::from_utf8(v).unwrap()))).collect();
     let expected = [
         ("id", Some("e1")),
         ("type", Some("OrderCreated")),
@@ -95,7 +112,7 @@ fn a_record_that_is_repeated_is_the_same_and_takes_no_more_credit() {
     let bytes = row("e1", Some("{\"a\":\"b\"}"));
     let first = format!("{:?}", relay.handle_wal(Lsn::ZERO, &bytes, Duration::ZERO).unwrap().unwrap());
     let in_flight = relay.progress().in_flight_bytes();
-    assert_eq!(format!("{:?}", relay.repeat(Ticket(0), &bytes).unwrap()), first);
+    assert_eq!(format!("{:?}", relay.repeat(Ticket(0), &bytes).unwrap().unwrap()), first);
     assert_eq!(relay.progress().in_flight_bytes(), in_flight);
 }
 
@@ -162,12 +179,44 @@ fn a_reply_that_is_asked_for_is_due_at_once_and_progress_soon() {
     let mut relay = started(now);
     assert_eq!(relay.take_status(now), None);
     relay.handle_keepalive(Lsn(5), true, now);
+    assert_eq!(relay.take_status(now), Some(StatusUpdate { received: Lsn(5), confirmed: Lsn(1) }));
+    assert_eq!(checkpoint(&mut relay, now), Some(Lsn(5)));
     assert_eq!(relay.take_status(now), Some(StatusUpdate { received: Lsn(5), confirmed: Lsn(5) }));
     relay.handle_keepalive(Lsn(9), false, now);
-    assert_eq!(relay.take_status(now), None);
-    assert_eq!(relay.next_deadline(), now + PROGRESS_INTERVAL);
-    assert!(relay.take_status(now + PROGRESS_INTERVAL).is_some());
-    assert_eq!(relay.next_deadline(), now + PROGRESS_INTERVAL + relay.options.status_interval);
+    assert_eq!((relay.take_status(now), relay.take_checkpoint(now)), (None, None));
+    let soon = now + CHECKPOINT_INTERVAL;
+    assert_eq!(relay.next_deadline(), soon);
+    assert_eq!(checkpoint(&mut relay, soon), Some(Lsn(9)));
+    assert!(relay.take_status(soon).is_some());
+    assert_eq!(relay.next_deadline(), soon + relay.options.status_interval);
+}
+
+#[test]
+fn nothing_is_reported_that_no_acknowledged_checkpoint_covers() {
+    let now = Duration::from_secs(1);
+    let mut relay = started(now);
+    relay.handle_keepalive(Lsn(5), false, now);
+    assert_eq!(relay.take_checkpoint(now), Some(Lsn(5)));
+    let later = now + CHECKPOINT_INTERVAL;
+    relay.handle_keepalive(Lsn(9), false, later);
+    assert_eq!(relay.take_checkpoint(later), None, "one at a time");
+    assert_eq!((relay.confirmed(), relay.is_at_rest()), (Lsn(1), false));
+    relay.handle_checkpointed();
+    assert_eq!((relay.confirmed(), relay.is_at_rest()), (Lsn(5), false));
+    assert_eq!(checkpoint(&mut relay, later), Some(Lsn(9)));
+    assert_eq!((relay.confirmed(), relay.is_at_rest()), (Lsn(9), true));
+}
+
+#[test]
+fn a_checkpoint_ahead_of_the_slot_is_not_written_again_and_hides_nothing() {
+    let past = Past { confirmed: Lsn(10), checkpoint: Lsn(50), ..Past::default() };
+    let mut relay = Relay::new(options(), past, Duration::ZERO);
+    relay.handle_keepalive(Lsn(30), true, Duration::ZERO);
+    assert_eq!(relay.take_checkpoint(Duration::ZERO), None);
+    let status = relay.take_status(Duration::ZERO).unwrap();
+    assert_eq!(status.confirmed, Lsn(30));
+    relay.handle_keepalive(Lsn(60), true, Duration::ZERO);
+    assert_eq!(relay.take_checkpoint(Duration::ZERO), Some(Lsn(60)));
 }
 
 #[test]
@@ -176,15 +225,11 @@ fn poison_names_the_row() {
     feed(&mut relay, &encode::begin(50, 0));
     for bad in ["[]", "x", "{\"a\":1", "\"a\""] {
         let bytes = row("e7", Some(bad));
-        let Err(Halt::Poison { commit_lsn: Lsn(50), row_id, poison, .. }) =
-            relay.handle_wal(Lsn::ZERO, &bytes, Duration::ZERO)
-        else {
+        let Err(Halt::Poison { row, poison }) = relay.handle_wal(Lsn::ZERO, &bytes, Duration::ZERO) else {
             panic!("{bad} was taken");
         };
-        assert_eq!(
-            (row_id.as_deref(), poison),
-            (Some("e7"), Poison::BadColumn(Field::Headers, "is not a JSON object"))
-        );
+        assert!(row.starts_with("outbox row e7 (commit LSN 0/32, change "), "{row}");
+        assert_eq!(poison, Poison::BadHeaders("is not a JSON object"));
     }
     assert_eq!(relay.progress().in_flight_records(), 0);
 }
@@ -204,7 +249,7 @@ fn what_is_out_of_protocol_halts() {
     for messages in cases {
         let mut relay = started(Duration::ZERO);
         let last = messages.iter().map(|m| relay.handle_wal(Lsn::ZERO, m, Duration::ZERO).err()).last();
-        assert!(matches!(last, Some(Some(Halt::OutOfProtocol(_)))), "{last:?}");
+        assert!(matches!(last, Some(Some(Halt::Stream(StreamError::OutOfProtocol(_))))), "{last:?}");
     }
 }
 
@@ -225,8 +270,7 @@ proptest! {
         sizes in prop::collection::vec(0_u8..5, 1..30),
         choices in prop::collection::vec(any::<prop::sample::Index>(), 150),
     ) {
-        let mut relay = Relay::new(Options { in_flight_limit_bytes: usize::MAX, ..options() }, Lsn(0), Duration::ZERO);
-        feed(&mut relay, &encode::relation(OUTBOX, "public", "outbox", &COLUMNS));
+        let mut relay = started_with(Options { in_flight_limit_bytes: usize::MAX, ..options() }, Duration::ZERO);
         let mut end_of: HashMap<Ticket, u64> = HashMap::new();
         let mut last = 0;
         for (i, size) in (1_u64..).zip(&sizes) {

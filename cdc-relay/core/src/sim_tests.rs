@@ -11,8 +11,14 @@ use std::{
 use fastrand::Rng;
 
 use crate::{
-    Lsn, Relay, outbox::OutboxTable, pgoutput::tests::encode, progress::Ticket, relay::Options,
+    Lsn, Outgoing, Relay,
+    outbox::OutboxTable,
+    pgoutput::tests::encode,
+    poison::Policies,
+    progress::Ticket,
+    relay::{Options, Past},
     route::TopicTemplate,
+    source,
 };
 
 const OUTBOX: u32 = 1;
@@ -102,6 +108,7 @@ struct Kafka {
     on_its_way: [VecDeque<OnItsWay>; PARTITIONS],
     /// Arrived, and not acknowledged yet, in any order.
     unacknowledged: Vec<Ticket>,
+    checkpoint: u64,
 }
 
 impl Kafka {
@@ -141,21 +148,28 @@ struct World {
     position: u64,
 }
 
-fn relay(confirmed: u64, now: Duration) -> Relay {
+fn relay(confirmed: u64, checkpoint: u64, now: Duration) -> Relay {
     let options = Options {
-        table: OutboxTable::default(),
-        topic: TopicTemplate::parse("${aggregatetype}").unwrap(),
+        source: source::Options {
+            table: OutboxTable::default(),
+            topic: TopicTemplate::parse("${aggregatetype}").unwrap(),
+        },
+        policies: Policies::default(),
+        dead_letter_topic: "dead".into(),
         in_flight_limit_bytes: LIMIT_BYTES,
         status_interval: Duration::from_secs(10),
         silence_limit: Duration::from_mins(1),
     };
-    Relay::new(options, Lsn(confirmed), now)
+    let past = Past { confirmed: Lsn(confirmed), checkpoint: Lsn(checkpoint), ..Past::default() };
+    let mut relay = Relay::new(options, past, now);
+    relay.set_listening(true, now);
+    relay
 }
 
 impl World {
     fn new(seed: u64) -> Self {
         let (postgres, now) = (Postgres::default(), Duration::ZERO);
-        let relay = relay(0, now);
+        let relay = relay(0, 0, now);
         let rng = Rng::with_seed(seed);
         Self {
             rng,
@@ -201,8 +215,9 @@ impl World {
             }
             return;
         };
-        let row = (record.row.aggregate_id.parse().unwrap(), record.row.id.parse().unwrap());
-        self.kafka.send(record.ticket, row);
+        let Outgoing { ticket, record, .. } = record;
+        let row = (record.aggregate_id.parse().unwrap(), record.row_id.parse().unwrap());
+        self.kafka.send(ticket, row);
     }
 
     /// The server says how far it has sent. Behind a whole transaction that is the transaction's end, or later
@@ -230,7 +245,16 @@ impl World {
 
     /// The status update, if one is due, arrives; and everything that it confirms must be in Kafka.
     fn tell_status(&mut self) {
+        if let Some(lsn) = self.relay.take_checkpoint(self.now) {
+            self.kafka.checkpoint = lsn.0;
+            if self.rng.u8(..10) == 0 {
+                // It crashes before it hears of it.
+                return self.fail();
+            }
+            self.relay.handle_checkpointed();
+        }
         let Some(status) = self.relay.take_status(self.now) else { return };
+        assert!(status.confirmed.0 <= self.kafka.checkpoint, "no checkpoint covers what is confirmed");
         assert!(status.confirmed.0 >= self.postgres.confirmed, "the confirmed LSN goes back");
         self.postgres.confirmed = status.confirmed.0;
         let has: HashSet<RowId> = self.kafka.has.iter().flatten().copied().collect();
@@ -248,7 +272,7 @@ impl World {
     /// The relay crashes, or a delivery fails, or the connection is cut: a new session with a new producer.
     fn fail(&mut self) {
         self.kafka.lose_producer(&mut self.rng);
-        self.relay = relay(self.postgres.confirmed, self.now);
+        self.relay = relay(self.postgres.confirmed, self.kafka.checkpoint, self.now);
         self.stream = self.postgres.stream();
         self.streamed = self.postgres.log.len();
         self.position = self.postgres.confirmed;

@@ -1,0 +1,102 @@
+//! Where a row goes: to its topic, to the dead-letter topic, or nowhere.
+
+use std::collections::HashMap;
+
+use crate::{
+    Outgoing,
+    parking::{Key, PARKED_LIMIT, Parking},
+    poison::{Poison, Policies, Policy},
+    progress::{Progress, Ticket},
+    record::{Headers, Identity, Record},
+    relay::{Diversion, Halt},
+    source::Drafted,
+};
+
+/// What decides it.
+#[derive(Debug)]
+pub(crate) struct Disposal {
+    pub(crate) policies: Policies,
+    pub(crate) dead_letter_topic: String,
+    pub(crate) parking: Parking,
+    /// Rows that Kafka has refused.
+    pub(crate) refused: HashMap<Identity, Poison>,
+    pub(crate) diversions: Vec<Diversion>,
+    /// Scratch for a dead letter's headers.
+    pub(crate) headers: Headers,
+}
+
+impl Disposal {
+    /// The record to enqueue, or None where the row is left out. It takes its credit unless it already has its
+    /// `ticket`; what is unusual is told once, when `tell` says so.
+    pub(crate) fn dispose<'a>(
+        &'a mut self,
+        drafted: Drafted<'a>,
+        progress: &mut Progress,
+        ticket: Option<Ticket>,
+        tell: bool,
+    ) -> Result<Option<Outgoing<'a>>, Halt> {
+        let Drafted { record, poison } = drafted;
+        let is_parked = self.parking.holds(&record);
+        let poison = poison
+            .or_else(|| self.refused.get(&record.identity).cloned())
+            .or_else(|| is_parked.then_some(Poison::BehindParked));
+        let Some(poison) = poison else { return Ok(Some(outgoing(record, progress, ticket, false))) };
+        let policy = match self.policies.of(poison.kind()) {
+            Policy::Halt | Policy::DeadLetter if is_parked => Policy::ParkKey,
+            own => own,
+        };
+        if tell && policy != Policy::Halt {
+            let what = format!("{}: {poison}", record.describe());
+            self.diversions.push(Diversion { kind: poison.kind(), policy, what });
+        }
+        match policy {
+            Policy::Halt => return Err(Halt::Poison { row: record.describe(), poison }),
+            Policy::Skip => {
+                return match ticket {
+                    Some(ticket) => progress.settle(ticket).map(|()| None).map_err(Halt::UnknownTicket),
+                    None => Ok(None),
+                };
+            }
+            // An aggregate that cannot be told cannot be parked either.
+            Policy::ParkKey => {
+                if let Some(key) = Key::of(&record) {
+                    let full = |_| Halt::TooManyParked { limit: PARKED_LIMIT };
+                    self.parking.park(key, record.identity).map_err(full)?;
+                }
+            }
+            Policy::DeadLetter => {}
+        }
+        put_headers(&mut self.headers, &record, &poison);
+        let letter = Record {
+            topic: &self.dead_letter_topic,
+            key: record.key.filter(|key| !key.is_empty()),
+            partition: None,
+            headers: &self.headers,
+            ..record
+        };
+        Ok(Some(outgoing(letter, progress, ticket, true)))
+    }
+}
+
+fn outgoing<'a>(
+    record: Record<'a>,
+    progress: &mut Progress,
+    ticket: Option<Ticket>,
+    is_dead_letter: bool,
+) -> Outgoing<'a> {
+    let ticket = ticket.unwrap_or_else(|| progress.begin_record(record.cost_bytes()));
+    Outgoing { ticket, record, is_dead_letter }
+}
+
+/// The record's own headers, then why it is here and where it was to go.
+fn put_headers(out: &mut Headers, record: &Record<'_>, poison: &Poison) {
+    out.clone_from(record.headers);
+    out.push_text("dlq.reason", poison.kind().name());
+    out.push_text("dlq.error", &poison.to_string());
+    out.push_text("dlq.topic", record.topic);
+    if let Some(partition) = record.partition {
+        out.push_text("dlq.partition", &partition.to_string());
+    }
+    out.push_text("dlq.lsn", &record.identity.commit_lsn.to_string());
+    out.push_text("dlq.seq", &record.identity.seq.to_string());
+}
