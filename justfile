@@ -114,6 +114,7 @@ test *args:
 # Format everything
 fmt:
     cargo fmt --all
+    cargo fmt --manifest-path cdc-relay/core/fuzz/Cargo.toml
     just --fmt --unstable
 
 # What CI says about the sources

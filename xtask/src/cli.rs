@@ -35,6 +35,33 @@ pub(crate) enum Command {
     Test(Test),
     /// Run the relay's state machine in a simulated world that fails at random; needs no servers
     Sim(Sim),
+    /// Fuzz the relay's core; needs a C++ compiler (g++), nothing else
+    Fuzz(Fuzz),
+}
+
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Fuzz {
+    /// Which target; all of them, one after the other, unless named
+    #[arg(value_enum)]
+    pub target: Option<Target>,
+    /// How long each target is fuzzed
+    #[arg(long, value_name = "N", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
+    pub seconds: u64,
+    /// Run this input only, for instance one that crashed
+    #[arg(long, value_name = "FILE", requires = "target")]
+    pub input: Option<PathBuf>,
+    /// Instead of fuzzing, add what covers new code from this folder to the corpus that is in the repository
+    #[arg(long, value_name = "DIR", requires = "target", conflicts_with = "input")]
+    pub merge: Option<PathBuf>,
+}
+
+/// A fuzz target, a file of cdc-relay/core/fuzz/fuzz_targets/.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Target {
+    /// One message of pgoutput
+    Pgoutput,
+    /// A session, from bytes to records and confirmed LSNs
+    Stream,
 }
 
 #[derive(Debug, Clone, Args)]

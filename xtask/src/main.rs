@@ -9,6 +9,7 @@ mod down;
 mod ending;
 mod endpoints;
 mod failure;
+mod fuzz;
 mod identity;
 mod kafka;
 mod keeper;
@@ -72,6 +73,7 @@ async fn run(command: &Command) -> Result<()> {
         Command::Start(args) => tell(args, Order::Start).await,
         Command::Test(args) => test::test(args).await,
         Command::Sim(args) => sim::sim(args).await,
+        Command::Fuzz(args) => fuzz::fuzz(args).await,
     }
 }
 

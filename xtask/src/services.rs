@@ -77,7 +77,7 @@ pub(crate) fn cargo(layout: &Layout) -> Result<Command> {
 }
 
 /// `target/`, where this program lies in `target/release/`.
-fn target() -> Result<PathBuf> {
+pub(crate) fn target() -> Result<PathBuf> {
     let program = std::env::current_exe().explain(|| "find this program".to_owned())?;
     let folder = program.ancestors().nth(2).map(Path::to_path_buf);
     folder.ok_or_else(|| Failure::new("this program is not in a target folder"))

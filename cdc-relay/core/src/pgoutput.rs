@@ -118,6 +118,8 @@ pub enum DecodeError {
     UnknownMessage(u8),
     /// A tag inside a message that the protocol does not have there.
     UnknownTag(u8),
+    /// A field of flags has a bit that the protocol does not define there.
+    UnknownFlags(u8),
     /// A length is negative.
     NegativeLength(i32),
     /// A name is not UTF-8.
@@ -133,6 +135,7 @@ impl fmt::Display for DecodeError {
                 write!(f, "message type {:?} is not of pgoutput protocol version 1", char::from(*tag))
             }
             Self::UnknownTag(tag) => write!(f, "tag {:?} is not of the protocol", char::from(*tag)),
+            Self::UnknownFlags(flags) => write!(f, "flags {flags:#010b} are not of the protocol"),
             Self::NegativeLength(n) => write!(f, "a length of {n}"),
             Self::NotUtf8 => write!(f, "a name is not UTF-8"),
         }
@@ -147,7 +150,7 @@ pub fn decode(bytes: &[u8]) -> Result<Message<'_>, DecodeError> {
     let message = match input.u8()? {
         b'B' => Message::Begin { commit_lsn: input.lsn()?, committed_at_us: input.i64()?, xid: input.u32()? },
         b'C' => {
-            let _flags = input.u8()?;
+            input.flags(0)?;
             Message::Commit { commit_lsn: input.lsn()?, end_lsn: input.lsn()?, committed_at_us: input.i64()? }
         }
         b'O' => Message::Origin { lsn: input.lsn()?, name: input.text()? },
@@ -175,13 +178,14 @@ pub fn decode(bytes: &[u8]) -> Result<Message<'_>, DecodeError> {
         }
         b'T' => {
             let relations = input.u32()?;
-            let _options = input.u8()?;
+            // CASCADE, RESTART IDENTITY.
+            input.flags(0b11)?;
             let oids = usize::try_from(relations).ok().and_then(|n| n.checked_mul(4));
             input.take(oids.ok_or(DecodeError::Truncated)?)?;
             Message::Truncate { relations }
         }
         b'M' => {
-            let transactional = input.u8()? & 1 == 1;
+            let transactional = input.flags(1)? == 1;
             let (lsn, prefix) = (input.lsn()?, input.text()?);
             Message::LogicalMessage { transactional, lsn, prefix, content: input.sized()? }
         }
@@ -234,6 +238,12 @@ impl<'a> Input<'a> {
         if allowed.contains(&tag) { Ok(tag) } else { Err(DecodeError::UnknownTag(tag)) }
     }
 
+    /// A byte of flags, none but those in `known` set.
+    fn flags(&mut self, known: u8) -> Result<u8, DecodeError> {
+        let flags = self.u8()?;
+        if flags & !known == 0 { Ok(flags) } else { Err(DecodeError::UnknownFlags(flags)) }
+    }
+
     /// A string that a zero byte ends.
     fn text(&mut self) -> Result<&'a str, DecodeError> {
         let end = self.0.iter().position(|b| *b == 0).ok_or(DecodeError::Truncated)?;
@@ -260,7 +270,8 @@ impl<'a> Input<'a> {
     }
 
     fn column(&mut self) -> Result<Column<'a>, DecodeError> {
-        let _flags = self.u8()?;
+        // Whether it is part of the replica identity.
+        self.flags(1)?;
         let column = Column { name: self.text()?, type_oid: self.u32()? };
         let _type_modifier = self.u32()?;
         Ok(column)
@@ -288,3 +299,7 @@ impl<'a> Input<'a> {
 #[cfg(test)]
 #[path = "pgoutput_tests.rs"]
 pub(crate) mod tests;
+
+#[cfg(test)]
+#[path = "pgoutput_round_trip_tests.rs"]
+mod round_trip_tests;

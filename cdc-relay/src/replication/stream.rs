@@ -247,4 +247,33 @@ mod tests {
             Event::Keepalive { wal_end: Lsn(5), reply_requested: true }
         );
     }
+
+    /// Whatever a frame of the stream holds, it is an event or an error.
+    #[test]
+    fn frames_that_were_cut_or_changed_are_errors_at_worst() {
+        let bodies = [
+            [&b"w"[..], &5_u64.to_be_bytes(), &9_u64.to_be_bytes(), &[0; 8], b"message"].concat(),
+            [&b"k"[..], &5_u64.to_be_bytes(), &[0; 8], &[1]].concat(),
+            b"SERROR\0C57P01\0Mterminating connection\0\0".to_vec(),
+        ];
+        let take = |body: &[u8]| {
+            for tag in 0..=u8::MAX {
+                let _ = other_frame(tag, body);
+            }
+            copy_data(body).is_ok()
+        };
+        for body in bodies {
+            for cut in 0..body.len() {
+                // Of a message of the log all but its head may be missing here; the decoder tells.
+                assert!(!take(&body[..cut]) || body[0] == b'w' && cut >= 25, "{cut}");
+            }
+            for at in 0..body.len() {
+                for to in 0..=u8::MAX {
+                    let mut changed = body.clone();
+                    changed[at] = to;
+                    take(&changed);
+                }
+            }
+        }
+    }
 }
