@@ -6,12 +6,21 @@ use prometheus_client::{
     registry::Registry,
 };
 
+use relay_core::poison::{self, Policy};
+
 use crate::error::Kind;
 
 /// The label of `cdc_relay_errors_total`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(crate) struct ErrorLabel {
     kind: &'static str,
+}
+
+/// The labels of `cdc_relay_diverted_rows_total`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct DivertedLabels {
+    kind: &'static str,
+    policy: &'static str,
 }
 
 /// The relay's metrics. Cloning shares them.
@@ -32,7 +41,9 @@ pub(crate) struct Metrics {
     pub(crate) slot_confirmed_lag_bytes: Gauge,
     pub(crate) slot_restart_lag_bytes: Gauge,
     pub(crate) slot_safe_wal_bytes: Gauge,
+    pub(crate) parked_aggregates: Gauge,
     errors: Family<ErrorLabel, Counter>,
+    diverted: Family<DivertedLabels, Counter>,
 }
 
 impl Metrics {
@@ -88,7 +99,28 @@ impl Metrics {
             "Log that can still be written before the slot is lost; -1 where the server sets no limit",
             self.slot_safe_wal_bytes.clone(),
         );
+        r.register(
+            "parked_aggregates",
+            "Aggregates whose rows go to the dead-letter topic until a redrive",
+            self.parked_aggregates.clone(),
+        );
+        r.register(
+            "diverted_rows",
+            "Rows that did not go to their own topic, by why and by what was done, repetitions after a rewind included",
+            self.diverted.clone(),
+        );
         r.register("errors", "Errors by kind; all but the last end in another try", self.errors.clone());
+    }
+
+    /// Counts a row that did not go to its own topic.
+    pub(crate) fn diverted(&self, kind: poison::Kind, policy: Policy) {
+        let policy = match policy {
+            Policy::Halt => "halt",
+            Policy::DeadLetter => "dead-letter",
+            Policy::ParkKey => "park-key",
+            Policy::Skip => "skip",
+        };
+        self.diverted.get_or_create(&DivertedLabels { kind: kind.name(), policy }).inc();
     }
 
     /// Counts an error.

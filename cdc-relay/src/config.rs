@@ -4,8 +4,8 @@ use std::{collections::BTreeMap, time::Duration};
 
 use relay_core::{
     outbox::{FIELDS, OutboxTable},
-    poison::Policies,
-    route::TopicTemplate,
+    poison::{self, Policies, Policy},
+    route::{TopicTemplate, is_legal_topic},
     source,
 };
 use serde::Deserialize;
@@ -25,6 +25,7 @@ pub(crate) struct Config {
     pub(crate) outbox: OutboxConfig,
     pub(crate) route: RouteConfig,
     pub(crate) kafka: KafkaConfig,
+    pub(crate) poison: PoisonConfig,
     pub(crate) limits: LimitsConfig,
     pub(crate) http: HttpConfig,
     pub(crate) log: LogConfig,
@@ -68,8 +69,34 @@ pub(crate) struct RouteConfig {
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct KafkaConfig {
     pub(crate) brokers: String,
+    pub(crate) checkpoint_topic: String,
     /// Some of them are secrets, such as `sasl.password`.
     pub(crate) properties: BTreeMap<String, Secret>,
+}
+
+#[derive(Debug, Clone, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct PoisonConfig {
+    pub(crate) undecodable: PolicyName,
+    pub(crate) missing_column: PolicyName,
+    pub(crate) unroutable: PolicyName,
+    pub(crate) too_large: PolicyName,
+    pub(crate) unauthorized: PolicyName,
+    pub(crate) invalid_header: PolicyName,
+    pub(crate) refused: PolicyName,
+    pub(crate) dead_letter_topic: String,
+    pub(crate) parked_keys_topic: String,
+}
+
+/// A policy as the configuration spells it.
+#[derive(Debug, Clone, Copy, Deserialize, PartialEq, Default)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum PolicyName {
+    #[default]
+    Halt,
+    DeadLetter,
+    ParkKey,
+    Skip,
 }
 
 #[derive(Debug, Clone, Deserialize, PartialEq)]
@@ -86,6 +113,7 @@ impl Default for Config {
             outbox: OutboxConfig::default(),
             route: RouteConfig::default(),
             kafka: KafkaConfig::default(),
+            poison: PoisonConfig::default(),
             limits: LimitsConfig::default(),
             http: HttpConfig { listen: "127.0.0.1:8081".into() },
             log: LogConfig::default(),
@@ -137,7 +165,47 @@ impl Default for RouteConfig {
 
 impl Default for KafkaConfig {
     fn default() -> Self {
-        Self { brokers: "127.0.0.1:9092".into(), properties: BTreeMap::new() }
+        Self {
+            brokers: "127.0.0.1:9092".into(),
+            checkpoint_topic: "cdc-relay-checkpoints".into(),
+            properties: BTreeMap::new(),
+        }
+    }
+}
+
+impl Default for PoisonConfig {
+    fn default() -> Self {
+        let halt = PolicyName::Halt;
+        Self {
+            undecodable: halt,
+            missing_column: halt,
+            unroutable: halt,
+            too_large: halt,
+            unauthorized: halt,
+            invalid_header: halt,
+            refused: halt,
+            dead_letter_topic: "cdc-relay-dlq".into(),
+            parked_keys_topic: "cdc-relay-parked-keys".into(),
+        }
+    }
+}
+
+impl PoisonConfig {
+    fn policies(&self) -> Policies {
+        let policy = |name| match name {
+            PolicyName::Halt => Policy::Halt,
+            PolicyName::DeadLetter => Policy::DeadLetter,
+            PolicyName::ParkKey => Policy::ParkKey,
+            PolicyName::Skip => Policy::Skip,
+        };
+        Policies::default()
+            .with(poison::Kind::Undecodable, policy(self.undecodable))
+            .with(poison::Kind::MissingColumn, policy(self.missing_column))
+            .with(poison::Kind::Unroutable, policy(self.unroutable))
+            .with(poison::Kind::TooLarge, policy(self.too_large))
+            .with(poison::Kind::Unauthorized, policy(self.unauthorized))
+            .with(poison::Kind::InvalidHeader, policy(self.invalid_header))
+            .with(poison::Kind::Refused, policy(self.refused))
     }
 }
 
@@ -161,11 +229,24 @@ pub(crate) struct Settings {
     pub(crate) source: source::Options,
     pub(crate) policies: Policies,
     pub(crate) dead_letter_topic: String,
+    pub(crate) parked_keys_topic: String,
     pub(crate) kafka: KafkaConfig,
     pub(crate) in_flight_limit_bytes: usize,
     pub(crate) drain_grace: Duration,
     pub(crate) listen: String,
     pub(crate) log: LogConfig,
+}
+
+impl Settings {
+    /// Whether any policy parks aggregates.
+    pub(crate) fn may_park(&self) -> bool {
+        self.policies.any(Policy::ParkKey)
+    }
+
+    /// Whether any policy sends rows to the dead-letter topic.
+    pub(crate) fn may_dead_letter(&self) -> bool {
+        self.may_park() || self.policies.any(Policy::DeadLetter)
+    }
 }
 
 impl Config {
@@ -191,6 +272,15 @@ impl Config {
             return Err(bad("limits.in_flight_bytes", "must be 65536 (64 KiB) to 1073741824 (1 GiB)".into()));
         }
         check_properties(&self.kafka.properties)?;
+        for (key, topic) in [
+            ("kafka.checkpoint_topic", &self.kafka.checkpoint_topic),
+            ("poison.dead_letter_topic", &self.poison.dead_letter_topic),
+            ("poison.parked_keys_topic", &self.poison.parked_keys_topic),
+        ] {
+            if !is_legal_topic(topic) {
+                return Err(bad(key, format!("is {topic:?}, which is not a legal name of a Kafka topic")));
+            }
+        }
         Ok(Settings {
             postgres,
             slot,
@@ -211,8 +301,9 @@ impl Config {
                 table: self.outbox.check().map_err(|(key, why)| bad(key, why))?,
                 topic,
             },
-            policies: Policies::default(),
-            dead_letter_topic: "cdc-relay-dlq".into(),
+            policies: self.poison.policies(),
+            dead_letter_topic: self.poison.dead_letter_topic,
+            parked_keys_topic: self.poison.parked_keys_topic,
             kafka: self.kafka,
             in_flight_limit_bytes: self.limits.in_flight_bytes,
             drain_grace: seconds("limits.drain_seconds", self.limits.drain_seconds, 0)?,

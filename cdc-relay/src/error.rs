@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use relay_core::{poison::Poison, record::Identity};
 use service::{Failure, exit};
 
 /// What went wrong, as far as it decides what to do.
@@ -15,6 +16,8 @@ pub(crate) enum Kind {
     DeliveryFailed,
     /// Kafka refused a batch of several records as too large: rewind, and send smaller ones.
     BatchTooLarge,
+    /// Kafka refused a record for what it is: rewind, and do with it what its policy says.
+    RecordRefused,
     /// Nothing went on for the configured time.
     GaveUp,
     /// Postgres or Kafka refused us in a way that time does not heal.
@@ -42,7 +45,9 @@ impl Kind {
     /// The one place that decides.
     pub(crate) fn policy(self) -> Policy {
         match self {
-            Self::PostgresAway | Self::DeliveryFailed | Self::BatchTooLarge => Policy::Retry,
+            Self::PostgresAway | Self::DeliveryFailed | Self::BatchTooLarge | Self::RecordRefused => {
+                Policy::Retry
+            }
             Self::GaveUp => Policy::Stop(exit::Kind::GaveUp),
             Self::SlotInUse => Policy::StandBy,
             Self::Refused => Policy::Stop(exit::Kind::Refused),
@@ -59,6 +64,7 @@ impl Kind {
             Self::SlotInUse => "slot_in_use",
             Self::DeliveryFailed => "delivery_failed",
             Self::BatchTooLarge => "batch_too_large",
+            Self::RecordRefused => "record_refused",
             Self::GaveUp => "gave_up",
             Self::Refused => "refused",
             Self::Misconfigured => "misconfigured",
@@ -77,15 +83,23 @@ pub(crate) struct Error {
     pub(crate) hint: Option<String>,
     /// Postgres' code, where it is Postgres' error.
     pub(crate) sqlstate: Option<String>,
+    /// The row that Kafka refused, and why.
+    pub(crate) refused: Option<Box<(Identity, Poison)>>,
 }
 
 impl Error {
     pub(crate) fn new(kind: Kind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), hint: None, sqlstate: None }
+        Self { kind, message: message.into(), hint: None, sqlstate: None, refused: None }
     }
 
     pub(crate) fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());
+        self
+    }
+
+    /// The same error with the row that Kafka refused.
+    pub(crate) fn poison(mut self, identity: Identity, poison: Poison) -> Self {
+        self.refused = Some(Box::new((identity, poison)));
         self
     }
 
@@ -99,7 +113,7 @@ impl Error {
     pub(crate) fn postgres(sqlstate: &str, message: &str) -> Self {
         let (kind, hint) = classify(sqlstate);
         let message = format!("Postgres: {message} (SQLSTATE {sqlstate})");
-        Self { kind, message, hint: hint.map(Into::into), sqlstate: Some(sqlstate.into()) }
+        Self { kind, message, hint: hint.map(Into::into), sqlstate: Some(sqlstate.into()), refused: None }
     }
 
     /// This error as the end of the process.
@@ -122,16 +136,42 @@ impl std::error::Error for Error {}
 
 /// How to go on after a row that cannot be published.
 const POISON_HINT: &str = "everything before this row's transaction is confirmed, and nothing from there on. Mend the cause \
-     ([outbox] and [route] in the configuration, or the topic) and start again: the row is read again from the log. To \
-     leave its transaction out for good, while no relay runs: SELECT pg_replication_slot_advance('SLOT', \
-     'COMMIT LSN'::pg_lsn + 1)";
+     and start again: the row is read again from the log. Or set its kind's policy in [poison] to dead-letter, park-key or \
+     skip. Or leave its transaction out for good, while no relay runs: cdc-relay accept-gap --through COMMIT_LSN";
+
+/// What mends the cause.
+fn remedy(poison: &Poison) -> String {
+    match poison {
+        Poison::MissingColumn(_) | Poison::NullColumn(_) | Poison::BadColumn(..) | Poison::WrongNumberOfValues => {
+            "look at [outbox] in the configuration and at the row".into()
+        }
+        Poison::BadHeaders(_) => "look at outbox.headers in the configuration and at the row".into(),
+        Poison::IllegalTopic(_) => "look at [route] in the configuration and at the row".into(),
+        Poison::UnknownTopic { topic, .. } => format!(
+            "create it (kafka-topics.sh --create --topic {topic} --partitions N --replication-factor N) or mend [route]"
+        ),
+        Poison::Unauthorized { topic } => {
+            format!("grant it (kafka-acls.sh --add --producer --topic {topic} --allow-principal User:…)")
+        }
+        Poison::TooLarge { topic, .. } => format!(
+            "raise the topic's limit (kafka-configs.sh --alter --topic {topic} --add-config max.message.bytes=N), and \
+             kafka.properties.\"message.max.bytes\" if you have set it"
+        ),
+        Poison::Refused { .. } => {
+            "the timestamp is the commit time: look at message.timestamp.before.max.ms and message.timestamp.after.max.ms of \
+             the topic, and at the broker's log"
+                .into()
+        }
+        Poison::BehindParked => "redrive its aggregate: cdc-relay dlq redrive".into(),
+    }
+}
 
 impl From<relay_core::relay::Halt> for Error {
     fn from(halt: relay_core::relay::Halt) -> Self {
         use relay_core::relay::Halt;
         let error = Self::new(Kind::Halted, halt.to_string());
         match halt {
-            Halt::Poison { .. } => error.hint(POISON_HINT),
+            Halt::Poison { poison, .. } => error.hint(format!("{}; {POISON_HINT}", remedy(&poison))),
             Halt::TooManyParked { .. } => error.hint(
                 "see `cdc-relay dlq list`; `cdc-relay dlq redrive` frees an aggregate once its cause is mended",
             ),
@@ -167,8 +207,7 @@ fn classify(sqlstate: &str) -> (Kind, Option<&'static str>) {
         "42704" => (
             Kind::Halted,
             Some(
-                "`cdc-relay init` creates publication and slot. Had they existed before, what was written since they \
-                 were dropped is not in the new slot",
+                "`cdc-relay init` creates publication and slot where they never were; where they were, `cdc-relay accept-gap` does",
             ),
         ),
         // A segment of the log, or pgoutput itself, is missing on the server's disk.
@@ -182,7 +221,7 @@ fn classify(sqlstate: &str) -> (Kind, Option<&'static str>) {
         "55000" => (
             Kind::Halted,
             Some(
-                "look at wal_status and invalidation_reason in pg_replication_slots, and at wal_level; a slot whose WAL is gone has to be dropped and made again by `cdc-relay init`, and what it had not delivered is lost to it",
+                "look at wal_status and invalidation_reason in pg_replication_slots, and at wal_level; `cdc-relay accept-gap` makes a new slot in the place of one whose log is gone; what it had not delivered is lost to it",
             ),
         ),
         _ => match sqlstate.get(..2).unwrap_or_default() {

@@ -1,14 +1,22 @@
 //! The producer: records in, acknowledgements out.
 //!
 //! One thread polls librdkafka and collects the delivery reports; the pipeline takes them in batches. A record
-//! is known by its ticket, a number that travels through librdkafka without an allocation.
+//! is known by its ticket, a number that travels through librdkafka without an allocation. What would be refused
+//! is found before it is enqueued, as far as it can be: a record that fails later costs the whole session.
 
+mod client;
+mod create;
+mod history;
+mod letter;
 mod refusal;
+mod reports;
+mod size;
+mod topics;
 
 use std::{
-    collections::HashSet,
+    collections::HashMap,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicBool, Ordering},
     },
     thread::JoinHandle,
@@ -16,20 +24,28 @@ use std::{
 };
 
 use rdkafka::{
-    ClientConfig, ClientContext,
-    config::RDKafkaLogLevel,
-    error::{KafkaError, RDKafkaErrorCode},
+    error::RDKafkaErrorCode,
     message::{Header, OwnedHeaders},
-    producer::{BaseProducer, BaseRecord, DeliveryResult, Producer as _, ProducerContext, PurgeConfig},
-    types::RDKafkaRespErr,
+    producer::{BaseProducer, BaseRecord, Producer as _, PurgeConfig},
 };
-use relay_core::{Outgoing, progress::Ticket, record::Record};
+use relay_core::{Outgoing, poison::Poison, progress::Ticket, record::Record};
 
-use self::refusal::{describe_failed, is_consequence, refused};
+pub(crate) use self::{
+    client::check,
+    create::{NewTopic, create_topics},
+    history::read_to_end,
+};
+use self::{
+    client::{client_config, compresses, not_taken},
+    refusal::{is_consequence, poison, refused},
+    reports::{CHECKPOINT, Context, Failed},
+    topics::{Found, Lookup, Topic},
+};
 use crate::{
     admin::Metrics,
     config::KafkaConfig,
     error::{Error, Kind},
+    ledger::Entry,
     wait::Waker,
 };
 
@@ -37,11 +53,10 @@ use crate::{
 const POLL: Duration = Duration::from_millis(100);
 /// How long after a producer broke its reports may take to say why.
 const CAUSE_GRACE: Duration = Duration::from_millis(300);
-/// How long to wait for a broker's answer about a topic.
-const METADATA_TIMEOUT: Duration = Duration::from_secs(1);
-
 /// How long a topic must be reported missing before that is believed: a broker may be a moment behind.
 const MISSING_GRACE: Duration = Duration::from_secs(3);
+/// How long what a broker refused about a topic is believed without asking again.
+const REFUSAL_LASTS: Duration = Duration::from_secs(5);
 /// librdkafka's default of `batch.size`, in bytes.
 const BATCH_BYTES: usize = 1_000_000;
 /// Below this many bytes, batches give way to single records.
@@ -72,120 +87,40 @@ impl Batch {
     }
 }
 
-/// What Kafka has said since it was last asked.
-#[derive(Debug, Default)]
-struct Reports {
-    acknowledged: Vec<Ticket>,
-    /// The first failure that is a cause; those that follow from it are not kept.
-    failed: Option<Failed>,
-    /// How many records were refused for their size.
-    too_large: usize,
+/// What became of a record that was handed over.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Offer {
+    /// It was copied and is on its way.
+    Taken,
+    /// Nobody can tell yet whether its topic takes it.
+    Later,
+    /// Its topic would not take it.
+    Refused(Poison),
 }
 
-/// A record that was not delivered, or the producer's own failure.
-#[derive(Debug, Clone)]
-struct Failed {
-    code: RDKafkaErrorCode,
-    what: String,
-}
-
-struct Context {
-    reports: Mutex<Reports>,
-    waker: Waker,
-    metrics: Metrics,
-    /// Whether it has been told that no broker can be reached.
-    told_down: AtomicBool,
-}
-
-impl Context {
-    fn reports(&self) -> MutexGuard<'_, Reports> {
-        self.reports.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn fail(&self, code: RDKafkaErrorCode, what: impl FnOnce() -> String) {
-        let mut reports = self.reports();
-        reports.too_large += usize::from(code == RDKafkaErrorCode::MessageSizeTooLarge);
-        if reports.failed.as_ref().is_none_or(|f| is_consequence(f.code)) {
-            reports.failed = Some(Failed { code, what: what() });
-        }
-        drop(reports);
-        self.waker.wake();
-    }
-
-    fn down(&self, reason: &str) {
-        self.metrics.kafka_up.set(0);
-        if !self.told_down.swap(true, Ordering::Relaxed) {
-            tracing::warn!(
-                reason,
-                "no Kafka broker can be reached; records wait and input pauses at its bound"
-            );
-        }
-    }
-
-    fn up(&self) {
-        self.metrics.kafka_up.set(1);
-        if self.told_down.swap(false, Ordering::Relaxed) {
-            tracing::info!("Kafka can be reached again");
-        }
-    }
-}
-
-impl ClientContext for Context {
-    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
-        // What matters comes by `error` and by delivery reports; librdkafka's own lines are for whoever asks.
-        tracing::debug!(?level, facility, "librdkafka: {message}");
-    }
-
-    fn error(&self, error: KafkaError, reason: &str) {
-        match error.rdkafka_error_code() {
-            Some(RDKafkaErrorCode::AllBrokersDown) => self.down(reason),
-            Some(RDKafkaErrorCode::Fatal) => {
-                tracing::warn!(reason, "the producer is broken and will be replaced");
-                self.fail(RDKafkaErrorCode::Fatal, || "a record".into());
-            }
-            Some(RDKafkaErrorCode::Authentication | RDKafkaErrorCode::SSL) => {
-                tracing::error!(
-                    reason,
-                    "Kafka refuses the connection: check kafka.properties (security.protocol, sasl.*, ssl.*)"
-                );
-            }
-            _ => tracing::debug!(reason, "librdkafka: {error}"),
-        }
-    }
-}
-
-impl ProducerContext for Context {
-    type DeliveryOpaque = usize;
-
-    fn delivery(&self, result: &DeliveryResult<'_>, ticket: usize) {
-        match result {
-            Ok(_) => {
-                let mut reports = self.reports();
-                let first = reports.acknowledged.is_empty();
-                reports.acknowledged.push(Ticket(ticket as u64));
-                drop(reports);
-                if first {
-                    self.waker.wake();
-                }
-            }
-            Err((error, message)) => {
-                let code = error.rdkafka_error_code().unwrap_or(RDKafkaErrorCode::Unknown);
-                self.fail(code, || describe_failed(message));
-            }
-        }
-    }
+/// What is known of a topic.
+#[derive(Debug)]
+enum Known {
+    /// It is there. Which record asked: what it knew then is not old for that one.
+    Topic(Topic, Ticket),
+    /// It was first reported missing then.
+    MissingSince(Instant),
+    Refused(Poison, Instant),
 }
 
 /// An idempotent producer and the thread that polls it. Dropping it forgets what is in flight.
 pub(crate) struct Producer {
     inner: Arc<BaseProducer<Context>>,
     batch: Batch,
+    compresses: bool,
     closing: Arc<AtomicBool>,
     poller: Option<JoinHandle<()>>,
-    /// The topics that were seen to exist.
-    known: HashSet<String>,
-    /// The topic that was last reported missing, and since when.
-    missing: Option<(String, Instant)>,
+    topics: HashMap<String, Known>,
+    lookup: Lookup,
+    /// The topic that was asked about, and for which record.
+    asked: Option<(String, Ticket)>,
+    /// Since it was last asked.
+    enqueued: u64,
 }
 
 impl Producer {
@@ -196,14 +131,14 @@ impl Producer {
         waker: Waker,
         metrics: Metrics,
     ) -> Result<Self, Error> {
-        let context =
-            Context { reports: Mutex::default(), waker, metrics, told_down: AtomicBool::new(false) };
         let mut client = client_config(config);
+        let for_lookup = client.clone();
         match batch {
             Batch::Configured => {}
             Batch::UpToBytes(bytes) => drop(client.set("batch.size", bytes.to_string())),
             Batch::Single => drop(client.set("batch.num.messages", "1")),
         }
+        let context = Context::new(waker, metrics);
         let inner: BaseProducer<Context> = client.create_with_context(context).map_err(|e| not_taken(&e))?;
         let (inner, closing) = (Arc::new(inner), Arc::new(AtomicBool::new(false)));
         let (polled, stop) = (Arc::clone(&inner), Arc::clone(&closing));
@@ -214,73 +149,143 @@ impl Producer {
         };
         let poller = std::thread::Builder::new().name("kafka-poll".into()).spawn(poll);
         let poller = poller.map_err(|e| Error::new(Kind::Internal, format!("cannot start a thread: {e}")))?;
-        Ok(Self { inner, batch, closing, poller: Some(poller), known: HashSet::new(), missing: None })
+        let lookup = Lookup::start(Arc::clone(&inner), for_lookup)?;
+        Ok(Self {
+            inner,
+            batch,
+            compresses: compresses(config),
+            closing,
+            poller: Some(poller),
+            topics: HashMap::new(),
+            lookup,
+            asked: None,
+            enqueued: 0,
+        })
     }
 
-    /// Hands a record over, which is copied; false when its topic cannot be looked up at the moment.
+    /// Hands a record over, which is copied if it is taken.
     ///
     /// # Errors
-    /// Halted when the record can never be sent: its topic does not exist or may not be written to, or it is
-    /// too large.
-    pub(crate) fn offer(&mut self, record: &Outgoing<'_>) -> Result<bool, Error> {
-        if !self.known.contains(record.record.topic) && !self.look_up(&record.record)? {
-            return Ok(false);
-        }
-        self.enqueue(record)?;
-        Ok(true)
-    }
-
-    /// Asks whether the topic is there, before the first record goes to it; false when no broker can tell.
-    fn look_up(&mut self, record: &Record<'_>) -> Result<bool, Error> {
-        let topic = record.topic;
-        let Ok(metadata) = self.inner.client().fetch_metadata(Some(topic), METADATA_TIMEOUT) else {
-            return Ok(false);
-        };
-        self.inner.context().up();
-        match metadata.topics().iter().find(|t| t.name() == topic).and_then(rdkafka::metadata::MetadataTopic::error) {
-            None => {
-                self.missing = None;
-                self.known.insert(topic.to_owned());
-                Ok(true)
-            }
-            Some(RDKafkaRespErr::RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART) => {
-                let since = match &self.missing {
-                    Some((name, since)) if name == topic => *since,
-                    _ => self.missing.insert((topic.to_owned(), Instant::now())).1,
-                };
-                if since.elapsed() < MISSING_GRACE {
-                    return Ok(false);
-                }
-                Err(Error::new(Kind::Halted, format!("{} is for topic {topic:?}, which does not exist", record.describe())).hint(format!(
-                    "create it (kafka-topics.sh --create --topic {topic} --partitions N --replication-factor N) or mend \
-                     route.topic, then start again; nothing from this row on has been confirmed"
-                )))
-            }
-            Some(RDKafkaRespErr::RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED) => {
-                Err(Error::new(Kind::Halted, format!("{}: Kafka does not allow us to write to topic {topic:?}", record.describe())).hint(format!(
-                    "grant it (kafka-acls.sh --add --producer --topic {topic} --allow-principal User:…), then start again"
-                )))
-            }
-            // A leader is being elected, or the like.
-            Some(_) => Ok(false),
-        }
-    }
-
-    fn enqueue(&self, outgoing: &Outgoing<'_>) -> Result<(), Error> {
+    /// This producer is of no more use.
+    pub(crate) fn offer(&mut self, outgoing: &Outgoing<'_>) -> Result<Offer, Error> {
         let record = &outgoing.record;
+        let topic = match self.topics.get(record.topic) {
+            Some(Known::Topic(topic, asked_for)) => (*topic, *asked_for == outgoing.ticket),
+            _ => match self.find(record.topic, outgoing.ticket) {
+                Ok(topic) => (topic, true),
+                Err(instead) => return Ok(instead),
+            },
+        };
+        let (topic, is_fresh) = topic;
+        if outgoing.is_dead_letter {
+            return letter::enqueue(outgoing, topic.limit_bytes, |record| {
+                self.enqueue(record, outgoing.ticket)
+            });
+        }
+        match self.against(record, topic) {
+            None => self.enqueue(record, outgoing.ticket),
+            Some(poison) if is_fresh => Ok(Offer::Refused(poison)),
+            // The topic may have been changed since it was asked about.
+            Some(_) => {
+                self.topics.remove(record.topic);
+                self.find(record.topic, outgoing.ticket).map(|_| Offer::Later).or_else(Ok)
+            }
+        }
+    }
+
+    /// Why the topic would not take the record.
+    fn against(&self, record: &Record<'_>, topic: Topic) -> Option<Poison> {
+        if let Some(partition) = record.partition.filter(|p| *p >= topic.partitions) {
+            return Some(Poison::UnknownTopic { topic: record.topic.into(), partition: Some(partition) });
+        }
+        let limit_bytes = topic.limit_bytes.filter(|_| !self.compresses)?;
+        // Far below the limit, as almost always, the exact size does not matter.
+        if record.cost_bytes() + size::HEADER_MOST_BYTES * record.headers.len() < limit_bytes {
+            return None;
+        }
+        let bytes = size::batch_bytes(record);
+        (bytes > limit_bytes).then(|| Poison::TooLarge {
+            topic: record.topic.into(),
+            bytes: Some(bytes),
+            limit_bytes: Some(limit_bytes),
+        })
+    }
+
+    /// What is known of a topic, or what to tell of a record for it instead.
+    fn find(&mut self, name: &str, ticket: Ticket) -> Result<Topic, Offer> {
+        while let Some((answered, found)) = self.lookup.answer() {
+            let asked_for = self.asked.take().map_or(ticket, |(_, ticket)| ticket);
+            self.learn(answered, found, asked_for);
+        }
+        let ask = match self.topics.get(name) {
+            Some(Known::Topic(topic, _)) => return Ok(*topic),
+            Some(Known::Refused(poison, since)) if since.elapsed() < REFUSAL_LASTS => {
+                return Err(Offer::Refused(poison.clone()));
+            }
+            _ => self.asked.is_none(),
+        };
+        if ask {
+            self.lookup.ask(name);
+            self.asked = Some((name.to_owned(), ticket));
+        }
+        Err(Offer::Later)
+    }
+
+    fn learn(&mut self, topic: String, found: Found, asked_for: Ticket) {
+        let now = Instant::now();
+        let known = match found {
+            Found::NoAnswer => return,
+            Found::Topic(it) => Known::Topic(it, asked_for),
+            Found::Unauthorized => Known::Refused(Poison::Unauthorized { topic: topic.clone() }, now),
+            Found::Missing => match self.topics.get(&topic) {
+                Some(Known::MissingSince(since)) if since.elapsed() < MISSING_GRACE => return,
+                Some(Known::MissingSince(_) | Known::Refused(..)) => {
+                    Known::Refused(Poison::UnknownTopic { topic: topic.clone(), partition: None }, now)
+                }
+                _ => Known::MissingSince(now),
+            },
+        };
+        self.topics.insert(topic, known);
+    }
+
+    fn enqueue(&mut self, record: &Record<'_>, ticket: Ticket) -> Result<Offer, Error> {
         let mut headers = OwnedHeaders::new_with_capacity(record.headers.len());
         for (key, value) in record.headers.iter() {
             headers = headers.insert(Header { key, value });
         }
-        let ticket = usize::try_from(outgoing.ticket.0).unwrap_or(usize::MAX);
-        let mut message = BaseRecord::<[u8], [u8], _>::with_opaque_to(record.topic, ticket)
+        let opaque = usize::try_from(ticket.0).unwrap_or(CHECKPOINT);
+        let mut message = BaseRecord::<[u8], [u8], _>::with_opaque_to(record.topic, opaque)
             .timestamp(record.timestamp_ms)
             .headers(headers);
         (message.key, message.payload, message.partition) = (record.key, record.value, record.partition);
+        match self.inner.send(message) {
+            Ok(()) => {
+                self.enqueued += 1;
+                Ok(Offer::Taken)
+            }
+            Err((error, _)) => {
+                let code = error.rdkafka_error_code().unwrap_or(RDKafkaErrorCode::Unknown);
+                poison(code, record.topic)
+                    .map(Offer::Refused)
+                    .ok_or_else(|| refused(&Failed { code, topic: record.topic.into(), identity: None }))
+            }
+        }
+    }
+
+    /// Writes one of the relay's own entries; the checkpoint's has no ticket.
+    pub(crate) fn write(&self, entry: &Entry, ticket: Option<Ticket>) -> Result<(), Error> {
+        let opaque = ticket.and_then(|t| usize::try_from(t.0).ok()).unwrap_or(CHECKPOINT);
+        let mut message = BaseRecord::<str, [u8], _>::with_opaque_to(&entry.topic, opaque).key(&entry.key);
+        message.payload = entry.value.as_deref();
         self.inner.send(message).map_err(|(error, _)| {
             let code = error.rdkafka_error_code().unwrap_or(RDKafkaErrorCode::Unknown);
-            refused(code, &format!("{} for topic {}", record.describe(), record.topic))
+            refused(&Failed { code, topic: entry.topic.clone(), identity: None })
         })
+    }
+
+    /// How many records were enqueued since the last call.
+    pub(crate) fn take_enqueued(&mut self) -> u64 {
+        std::mem::take(&mut self.enqueued)
     }
 
     /// Whether nothing that was handed over still waits for its report.
@@ -289,23 +294,25 @@ impl Producer {
     }
 
     /// Takes what Kafka has acknowledged since the last call; `into` is emptied and its capacity used again.
+    /// Whether the checkpoint was among it.
     ///
     /// # Errors
     /// A record was not delivered: this producer is of no more use.
-    pub(crate) fn take_reports(&self, into: &mut Vec<Ticket>) -> Result<(), Error> {
+    pub(crate) fn take_reports(&self, into: &mut Vec<Ticket>) -> Result<bool, Error> {
         into.clear();
         let context = self.inner.context();
         let mut reports = context.reports();
         std::mem::swap(&mut reports.acknowledged, into);
+        let checkpointed = std::mem::take(&mut reports.checkpointed);
         let failed = reports.failed.is_some();
         drop(reports);
         if failed {
             return Err(self.why_it_failed());
         }
-        if !into.is_empty() {
+        if checkpointed || !into.is_empty() {
             context.up();
         }
-        Ok(())
+        Ok(checkpointed)
     }
 
     /// Stops sending, then finds out why.
@@ -324,7 +331,7 @@ impl Producer {
             Some((code, reason))
                 if is_consequence(failed.code) && code != RDKafkaErrorCode::GaplessGuarantee =>
             {
-                refused(code, &format!("a record ({reason})"))
+                refused(&Failed { code, topic: reason, identity: None })
             }
             _ if failed.code == RDKafkaErrorCode::MessageSizeTooLarge
                 && too_large > 1
@@ -336,7 +343,7 @@ impl Producer {
                      kafka.properties.\"batch.size\" below that limit to avoid this",
                 )
             }
-            _ => refused(failed.code, &failed.what),
+            _ => refused(&failed),
         }
     }
 }
@@ -351,44 +358,6 @@ impl Drop for Producer {
             let _ = poller.join();
         }
     }
-}
-
-/// Asks librdkafka whether it would take the configuration; connects to nothing.
-pub(crate) fn check(config: &KafkaConfig) -> Result<(), Error> {
-    client_config(config).create_native_config().map(drop).map_err(|e| not_taken(&e))
-}
-
-fn not_taken(error: &KafkaError) -> Error {
-    Error::new(Kind::Misconfigured, format!("librdkafka does not take the configuration: {error}"))
-        .hint("look at kafka.brokers and kafka.properties")
-}
-
-fn client_config(config: &KafkaConfig) -> ClientConfig {
-    let mut client = ClientConfig::new();
-    client
-        .set("client.id", "cdc-relay")
-        // Partitions as Java's producer, and Debezium, would choose them.
-        .set("partitioner", "murmur2_random")
-        .set("linger.ms", "5")
-        .set("reconnect.backoff.max.ms", "1000")
-        .set("socket.keepalive.enable", "true")
-        // OpenSSL is built in, so it has to be told where this system keeps its certificates.
-        .set("ssl.ca.location", "probe");
-    for (name, value) in &config.properties {
-        client.set(name, value.expose());
-    }
-    client
-        .set("bootstrap.servers", &config.brokers)
-        .set("enable.idempotence", "true")
-        .set("acks", "all")
-        .set("enable.gapless.guarantee", "true")
-        .set("message.timeout.ms", "0")
-        .set("allow.auto.create.topics", "false")
-        // The bound is ours (limits.in_flight_bytes); librdkafka's would count payloads only.
-        .set("queue.buffering.max.messages", "0")
-        .set("queue.buffering.max.kbytes", "2147483647")
-        .set_log_level(RDKafkaLogLevel::Info);
-    client
 }
 
 #[cfg(test)]

@@ -3,12 +3,16 @@
 mod admin;
 mod cli;
 mod config;
+mod diversions;
 mod error;
 mod kafka;
+mod ledger;
 mod monitor;
 mod pipeline;
+mod position;
 mod replication;
 mod sessions;
+mod setup;
 mod shared;
 mod slot;
 mod wait;

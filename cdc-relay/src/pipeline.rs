@@ -1,23 +1,30 @@
 //! THE loop: from the slot to Kafka and back to the slot, on one plain thread.
 //!
-//! A session begins at the slot's confirmed LSN with a new producer and an empty state machine, and lasts until
-//! something fails or a stop is asked for. What a failed session had not confirmed is read again by the next.
+//! A session takes the slot, reads in Kafka what earlier ones wrote down, begins at the slot's confirmed LSN with a
+//! new producer and an empty state machine, and lasts until something fails or a stop is asked for. What a failed
+//! session had not confirmed is read again by the next.
 
 use std::{
+    collections::HashMap,
     sync::atomic::Ordering,
     time::{Duration, Instant},
 };
 
 use relay_core::{
-    Relay,
+    Lsn, Relay,
+    poison::Poison,
     progress::Ticket,
+    record::Identity,
     relay::{Options, Past},
 };
 
 use crate::{
-    config::Settings,
+    config::{KafkaConfig, Settings},
+    diversions::Diversions,
     error::{Error, Kind},
-    kafka::{Batch, Producer},
+    kafka::{Batch, Offer, Producer},
+    ledger::{Owner, Reader, Writer},
+    position::{self, System},
     replication::{
         connection::Connection,
         handshake::Purpose,
@@ -48,8 +55,15 @@ struct Session<'a> {
     wakeups: &'a Wakeups,
     started: Instant,
     stream: ReplicationStream,
+    system: System,
+    confirmed_at_start: Lsn,
     producer: Producer,
     relay: Relay,
+    /// What earlier sessions wrote down is being read; nothing is read from the slot until then.
+    reader: Option<Reader>,
+    writer: Writer,
+    diversions: Diversions,
+    refused: HashMap<Identity, Poison>,
     /// The record that Kafka could not take yet, as it came: its ticket and its message. Nothing is read while
     /// there is one.
     pending: Option<(Ticket, Vec<u8>)>,
@@ -75,9 +89,43 @@ pub(crate) struct End {
     pub(crate) was_well: bool,
 }
 
+/// What one session leaves to the next.
+#[derive(Debug, Default)]
+pub(crate) struct Memory {
+    pub(crate) batch: Batch,
+    /// Rows that Kafka refused after they were enqueued.
+    pub(crate) refused: HashMap<Identity, Poison>,
+}
+
+/// The most rows whose refusal is remembered: each costs a session, so that many are a sign of something else.
+const REFUSED_LIMIT: usize = 1000;
+
+impl Memory {
+    /// Takes from an error what the next session can do better.
+    ///
+    /// # Errors
+    /// [`REFUSED_LIMIT`] is reached.
+    pub(crate) fn learn(&mut self, error: &Error, kafka: &KafkaConfig) -> Result<(), Error> {
+        if error.kind == Kind::BatchTooLarge {
+            self.batch = self.batch.smaller(kafka);
+        }
+        if let Some(refused) = &error.refused {
+            let (identity, poison) = &**refused;
+            self.refused.insert(*identity, poison.clone());
+        }
+        if self.refused.len() > REFUSED_LIMIT {
+            let what =
+                format!("Kafka has refused {REFUSED_LIMIT} rows after they were enqueued, the last: {error}");
+            return Err(Error::new(Kind::Halted, what)
+                .hint("mend the topic, or what writes to the outbox, then start again"));
+        }
+        Ok(())
+    }
+}
+
 /// Runs one session to its end.
-pub(crate) fn session(shared: &Shared, wakeups: &Wakeups, batch: Batch) -> End {
-    match begin(shared, wakeups, batch) {
+pub(crate) fn session(shared: &Shared, wakeups: &Wakeups, memory: &Memory) -> End {
+    match begin(shared, wakeups, memory) {
         Err(error) => End { result: Err(error), was_well: false },
         Ok(mut session) => {
             let mut result = session.run();
@@ -97,10 +145,13 @@ pub(crate) fn session(shared: &Shared, wakeups: &Wakeups, batch: Batch) -> End {
     }
 }
 
-fn begin<'a>(shared: &'a Shared, wakeups: &'a Wakeups, batch: Batch) -> Result<Session<'a>, Error> {
+fn begin<'a>(shared: &'a Shared, wakeups: &'a Wakeups, memory: &Memory) -> Result<Session<'a>, Error> {
     let settings = &*shared.settings;
-    let (stream, position) = take_slot(settings)?;
-    let producer = Producer::new(&settings.kafka, batch, shared.waker.clone(), shared.metrics.clone())?;
+    let (stream, system, position) = take_slot(settings)?;
+    let owner = Owner { system: system.identifier.clone(), slot: settings.slot.clone() };
+    let reader = Reader::start(shared, owner.clone())?;
+    let producer =
+        Producer::new(&settings.kafka, memory.batch, shared.waker.clone(), shared.metrics.clone())?;
     let options = Options {
         source: settings.source.clone(),
         policies: settings.policies,
@@ -110,21 +161,25 @@ fn begin<'a>(shared: &'a Shared, wakeups: &'a Wakeups, batch: Batch) -> Result<S
         // The server may be busy decoding, and looks at our requests for a reply no sooner than it would care.
         silence_limit: settings.silence_limit.max(Duration::from_millis(position.wal_sender_timeout_ms)),
     };
+    // Nothing is read before the checkpoint is known, so until then nothing beyond the slot's own LSN is told.
+    let past = Past { confirmed: position.confirmed, ..Past::default() };
     shared.postgres_stops.store(false, Ordering::Relaxed);
     shared.metrics.sessions.inc();
     shared.metrics.standby.set(0);
-    shared.metrics.streaming.set(1);
-    shared.health.ready("streaming");
-    tracing::info!(slot = settings.slot, confirmed_lsn = %position.confirmed, "streaming");
-    let past =
-        Past { confirmed: position.confirmed, checkpoint: relay_core::Lsn(u64::MAX), ..Past::default() };
+    shared.health.not_ready("starting", "reading the checkpoint from Kafka");
     Ok(Session {
         shared,
         wakeups,
         started: Instant::now(),
         stream,
+        writer: Writer::new(owner, system.timeline),
+        system,
+        confirmed_at_start: position.confirmed,
         producer,
         relay: Relay::new(options, past, Duration::ZERO),
+        reader: Some(reader),
+        diversions: Diversions::new(shared.metrics.clone()),
+        refused: memory.refused.clone(),
         pending: None,
         acknowledged: Vec::new(),
         ignored_before: 0,
@@ -136,7 +191,7 @@ fn begin<'a>(shared: &'a Shared, wakeups: &'a Wakeups, batch: Batch) -> Result<S
 }
 
 /// Takes the slot, then looks at where it stands: before, another process could still move it.
-fn take_slot(settings: &Settings) -> Result<(ReplicationStream, Position), Error> {
+fn take_slot(settings: &Settings) -> Result<(ReplicationStream, System, Position), Error> {
     let mut connection = Connection::connect(&settings.postgres, Purpose::Sql, settings.connect_timeout)?;
     let stream = ReplicationStream::start(
         &settings.postgres,
@@ -145,7 +200,7 @@ fn take_slot(settings: &Settings) -> Result<(ReplicationStream, Position), Error
         settings.connect_timeout,
     );
     match stream {
-        Ok(stream) => Ok((stream, slot::verify(&mut connection, settings)?)),
+        Ok((stream, system)) => Ok((stream, system, slot::verify(&mut connection, settings)?)),
         // What the server refuses in few words, a look at the slot explains; and one that is in use may be
         // another database's, which would never become ours.
         Err(e) if e.kind != Kind::PostgresAway => slot::verify(&mut connection, settings).and(Err(e)),
@@ -171,7 +226,9 @@ impl Session<'_> {
         // When the stop was asked for.
         let mut draining: Option<Duration> = None;
         loop {
+            self.admit()?;
             self.settle()?;
+            self.keep_position()?;
             if self.shared.stopping() {
                 let since = *draining.get_or_insert_with(|| self.now());
                 if self.is_drained() || self.now() >= since + self.shared.settings.drain_grace {
@@ -182,16 +239,48 @@ impl Session<'_> {
             self.feed_back()?;
             // A transaction that has been read in part is read to its end even while draining: only then can
             // what Kafka has of it be confirmed, and need not be repeated.
-            let wanted =
-                !self.lets_postgres_stop()? && (draining.is_none() || self.relay.is_in_transaction());
+            let wanted = self.reader.is_none()
+                && !self.lets_postgres_stop()?
+                && (draining.is_none() || self.relay.is_in_transaction());
             let read = wanted && self.pending.is_none() && self.relay.wants_input();
             self.relay.set_listening(read, self.now());
             let progressed = if read { self.read()? } else { self.retry_pending()? };
+            self.keep_parking()?;
             self.tell();
             if !progressed {
                 self.wait(read);
             }
         }
+    }
+
+    /// Starts reading the slot once it is known what earlier sessions wrote down, and it fits.
+    fn admit(&mut self) -> Result<(), Error> {
+        let Some(ledger) = self.reader.as_ref().and_then(Reader::take) else { return Ok(()) };
+        self.reader = None;
+        let ledger = ledger?;
+        let checkpoint = position::judge(&ledger, self.confirmed_at_start, &self.system)?;
+        let past = Past {
+            confirmed: self.confirmed_at_start,
+            checkpoint,
+            refused: std::mem::take(&mut self.refused),
+            parked: ledger.parked,
+        };
+        self.relay.recall(past);
+        self.shared.metrics.streaming.set(1);
+        self.shared.health.ready("streaming");
+        let (slot, confirmed) = (&self.shared.settings.slot, self.confirmed_at_start);
+        tracing::info!(slot, confirmed_lsn = %confirmed, checkpoint_lsn = %checkpoint, "streaming");
+        Ok(())
+    }
+
+    /// Writes down in Kafka what is settled, before Postgres is told.
+    fn keep_position(&mut self) -> Result<(), Error> {
+        if self.reader.is_none()
+            && let Some(lsn) = self.relay.take_checkpoint(self.now())
+        {
+            self.producer.write(&self.writer.checkpoint(&self.shared.settings, lsn), None)?;
+        }
+        Ok(())
     }
 
     /// Whether Postgres shuts down and waits for what is in flight. Nothing more is read then; once all of it is
@@ -201,33 +290,31 @@ impl Session<'_> {
     /// Kafka takes too long: the session ends, so that Postgres can.
     fn lets_postgres_stop(&mut self) -> Result<bool, Error> {
         if !self.shared.postgres_stops.load(Ordering::Relaxed) {
+            self.postgres_stops_since = None;
             return Ok(false);
         }
         let now = self.now();
         let since = *self.postgres_stops_since.get_or_insert(now);
-        if self.pending.is_none() && self.relay.progress().in_flight_records() == 0 {
-            self.shared.postgres_stops.store(false, Ordering::Relaxed);
-            self.postgres_stops_since = None;
-            return Ok(false);
-        }
-        if now >= since + SHUTDOWN_GRACE {
+        if now >= since + SHUTDOWN_GRACE && !self.relay.is_at_rest() {
             return Err(Error::new(
                 Kind::PostgresAway,
                 "Postgres shuts down, and Kafka has not acknowledged what is in flight in time",
             ));
         }
-        Ok(true)
+        Ok(self.pending.is_some() || self.relay.progress().in_flight_records() > 0)
     }
 
     /// Takes what Kafka has acknowledged.
     fn settle(&mut self) -> Result<(), Error> {
-        self.producer.take_reports(&mut self.acknowledged)?;
+        if self.producer.take_reports(&mut self.acknowledged)? {
+            self.relay.handle_checkpointed();
+        }
         let now = self.now();
         for ticket in &self.acknowledged {
             self.relay.handle_settled(*ticket)?;
         }
         self.shared.metrics.acknowledged.inc_by(self.acknowledged.len() as u64);
-        let idle = self.pending.is_none() && self.relay.progress().in_flight_records() == 0;
+        let idle = self.reader.is_none() && self.pending.is_none() && self.relay.is_at_rest();
         self.is_well |= !self.acknowledged.is_empty() || (idle && now >= WELL_AFTER);
         if !self.acknowledged.is_empty() || idle {
             self.waiting_since = now;
@@ -278,12 +365,16 @@ impl Session<'_> {
                 }
                 Some(Event::Wal { start, message }) => {
                     self.busy = true;
-                    if let Some(record) = self.relay.handle_wal(start, message, now)? {
-                        if !self.producer.offer(&record)? {
-                            self.pending = Some((record.ticket, message.to_vec()));
-                            return Ok(true);
+                    let placed = match self.relay.handle_wal(start, message, now)? {
+                        None => Placed::Done,
+                        Some(record) => {
+                            let (ticket, offer) = (record.ticket, self.producer.offer(&record)?);
+                            place(&mut self.relay, &mut self.producer, ticket, message, offer)?
                         }
-                        self.shared.metrics.records.inc();
+                    };
+                    if let Placed::Later(ticket) = placed {
+                        self.pending = Some((ticket, message.to_vec()));
+                        return Ok(true);
                     }
                 }
             }
@@ -296,22 +387,24 @@ impl Session<'_> {
 
     fn retry_pending(&mut self) -> Result<bool, Error> {
         let Some((ticket, message)) = &self.pending else { return Ok(false) };
-        let Some(record) = self.relay.repeat(*ticket, message)? else {
-            self.pending = None;
-            return Ok(true);
+        let placed = match self.relay.repeat(*ticket, message)? {
+            None => Placed::Done,
+            Some(record) => {
+                let offer = self.producer.offer(&record)?;
+                place(&mut self.relay, &mut self.producer, *ticket, message, offer)?
+            }
         };
-        let taken = self.producer.offer(&record)?;
-        if taken {
+        let done = matches!(placed, Placed::Done);
+        if done {
             self.pending = None;
-            self.shared.metrics.records.inc();
         }
-        Ok(taken)
+        Ok(done)
     }
 
+    /// Whether nothing is left to do before a stop. While what earlier sessions wrote down is unknown, nothing was
+    /// begun.
     fn is_drained(&self) -> bool {
-        self.pending.is_none()
-            && self.relay.progress().in_flight_records() == 0
-            && !self.relay.is_in_transaction()
+        self.reader.is_some() || (self.pending.is_none() && self.relay.is_at_rest())
     }
 
     /// Waits for whatever comes first.
@@ -335,9 +428,10 @@ impl Session<'_> {
         let until = self.now() + self.shared.settings.drain_grace;
         // The row itself may be in flight to us and unknown to the producer, so the producer is asked.
         loop {
-            let done = self.producer.is_empty() || self.now() >= until;
             // A second failure says no more than the first.
-            if self.settle().and_then(|()| self.feed_back()).is_err() || done {
+            let kept = self.settle().and_then(|()| self.keep_position()).and_then(|()| self.feed_back());
+            let done = self.producer.is_empty() && self.relay.is_covered();
+            if kept.is_err() || done || self.now() >= until {
                 return;
             }
             self.wakeups.wait(PENDING_RETRY);
@@ -346,7 +440,7 @@ impl Session<'_> {
 
     /// The end that was asked for: the last status, and the slot is free.
     fn finish(mut self) -> Result<(), Error> {
-        let left = self.relay.progress().in_flight_records();
+        let (left, is_drained) = (self.relay.progress().in_flight_records(), self.is_drained());
         let status = self.relay.final_status(self.now());
         let told = self.stream.finish(status);
         self.shared.metrics.streaming.set(0);
@@ -361,6 +455,11 @@ impl Session<'_> {
                 format!("Kafka has not acknowledged {left} records; they are read again at the next start");
             return Err(Error::new(Kind::GaveUp, what));
         }
+        if !is_drained {
+            let what = "stopped in the middle of a transaction, or before Kafka had the checkpoint; what is not confirmed is \
+                        read again at the next start";
+            return Err(Error::new(Kind::GaveUp, what));
+        }
         Ok(())
     }
 
@@ -369,10 +468,54 @@ impl Session<'_> {
         let (metrics, progress) = (&self.shared.metrics, self.relay.progress());
         metrics.in_flight_records.set(as_gauge(progress.in_flight_records() as u64));
         metrics.in_flight_bytes.set(as_gauge(progress.in_flight_bytes() as u64));
-        metrics.confirmed_lsn.set(as_gauge(progress.confirmed().0));
+        metrics.confirmed_lsn.set(as_gauge(self.relay.confirmed().0));
+        metrics.parked_aggregates.set(as_gauge(self.relay.parking().len() as u64));
         metrics.received_lsn.set(as_gauge(self.relay.received().0));
         let ignored = self.relay.ignored_changes();
         metrics.ignored_changes.inc_by(ignored - self.ignored_before);
         self.ignored_before = ignored;
+        let enqueued = self.producer.take_enqueued();
+        metrics.records.inc_by(enqueued);
+        for diversion in self.relay.take_diversions() {
+            self.diversions.tell(&diversion);
+        }
+    }
+
+    /// Writes down which aggregates were parked or freed.
+    fn keep_parking(&mut self) -> Result<(), Error> {
+        for marker in self.relay.take_markers() {
+            let entry = self.writer.parked(&self.shared.settings, &marker.key, marker.parked);
+            self.producer.write(&entry, Some(marker.ticket))?;
+        }
+        Ok(())
+    }
+}
+
+/// Where a record went.
+enum Placed {
+    /// To the producer, or nowhere because its policy says so.
+    Done,
+    /// Nowhere yet: the record of this ticket is to be offered again.
+    Later(Ticket),
+}
+
+/// Does what follows from the producer's answer. What it refuses becomes what its policy says, which is offered in
+/// its turn.
+fn place(
+    relay: &mut Relay,
+    producer: &mut Producer,
+    ticket: Ticket,
+    message: &[u8],
+    mut offer: Offer,
+) -> Result<Placed, Error> {
+    loop {
+        match offer {
+            Offer::Taken => return Ok(Placed::Done),
+            Offer::Later => return Ok(Placed::Later(ticket)),
+            Offer::Refused(poison) => match relay.refuse(ticket, message, poison)? {
+                None => return Ok(Placed::Done),
+                Some(record) => offer = producer.offer(&record)?,
+            },
+        }
     }
 }

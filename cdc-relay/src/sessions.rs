@@ -5,11 +5,10 @@ use std::time::{Duration, Instant};
 use service::{Failure, exit};
 
 use crate::{
-    error::{Error, Kind, Policy},
-    kafka::Batch,
-    pipeline,
+    error::{Error, Policy},
+    pipeline::{self, Memory},
+    setup::Desk,
     shared::Shared,
-    slot,
     wait::Wakeups,
 };
 
@@ -22,7 +21,7 @@ const BACKOFF_LIMIT: Duration = Duration::from_secs(5);
 struct Course {
     backoff: Duration,
     unwell_since: Option<Instant>,
-    batch: Batch,
+    memory: Memory,
     /// Whether the slot may still have to be made.
     first: bool,
 }
@@ -30,14 +29,12 @@ struct Course {
 /// Runs sessions until a stop is asked for or an error ends the process.
 pub(crate) fn run(shared: &Shared, wakeups: &Wakeups) -> Result<(), Failure> {
     let mut course =
-        Course { backoff: BACKOFF_FIRST, unwell_since: None, batch: Batch::default(), first: true };
+        Course { backoff: BACKOFF_FIRST, unwell_since: None, memory: Memory::default(), first: true };
     while !shared.stopping() {
         let Err(error) = attempt(shared, wakeups, &mut course) else { return Ok(()) };
         shared.metrics.streaming.set(0);
         shared.metrics.error(error.kind);
-        if error.kind == Kind::BatchTooLarge {
-            course.batch = course.batch.smaller(&shared.settings.kafka);
-        }
+        course.memory.learn(&error, &shared.settings.kafka).map_err(Error::into_failure)?;
         match error.kind.policy() {
             Policy::Stop(_) => return Err(error.into_failure()),
             Policy::StandBy => {
@@ -73,10 +70,10 @@ pub(crate) fn run(shared: &Shared, wakeups: &Wakeups) -> Result<(), Failure> {
 
 fn attempt(shared: &Shared, wakeups: &Wakeups, course: &mut Course) -> Result<(), Error> {
     if shared.settings.create_slot && course.first {
-        slot::init(&shared.settings)?;
+        Desk::open(&shared.settings)?.init()?;
     }
     course.first = false;
-    let end = pipeline::session(shared, wakeups, course.batch);
+    let end = pipeline::session(shared, wakeups, &course.memory);
     if end.was_well {
         (course.backoff, course.unwell_since) = (BACKOFF_FIRST, None);
     }

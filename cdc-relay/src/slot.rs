@@ -1,11 +1,11 @@
-//! The slot and the publication: made by `init`, verified before every session.
+//! The slot and the publication in Postgres: made once, verified before every session.
 
 use relay_core::Lsn;
 
 use crate::{
     config::Settings,
     error::{Error, Kind},
-    replication::{connection::Connection, handshake::Purpose},
+    replication::connection::Connection,
 };
 
 /// What a session has to know about its slot before it starts.
@@ -32,7 +32,8 @@ pub(crate) fn verify(connection: &mut Connection, settings: &Settings) -> Result
     verify_publication(connection, settings)?;
     let Some(confirmed) = find_slot(connection, settings)? else {
         return Err(Error::new(Kind::Halted, format!("replication slot {:?} does not exist", settings.slot))
-            .hint("`cdc-relay init` creates it. Had it existed before, events committed since its confirmed LSN will not be in the new one"));
+            .hint("`cdc-relay init` creates it where it never was. Where it was, take what is missing from the outbox table; then `cdc-relay \
+                   accept-gap` creates a new one"));
     };
     let rows =
         connection.simple_query("SELECT setting FROM pg_settings WHERE name = 'wal_sender_timeout'")?;
@@ -78,66 +79,104 @@ fn publishes_inserts(connection: &mut Connection, name: &str) -> Result<Option<b
     Ok(rows.first().map(|row| row.first().is_some_and(|v| v.as_deref() == Some("true"))))
 }
 
-/// The slot's confirmed flush LSN, or None where there is no such slot.
-fn find_slot(connection: &mut Connection, settings: &Settings) -> Result<Option<Lsn>, Error> {
-    let sql = "SELECT coalesce(plugin, 'physical'), coalesce(database, ''), coalesce(wal_status, ''), confirmed_flush_lsn, \
-               current_database() FROM pg_replication_slots WHERE slot_name = $1";
-    let rows = connection.query(sql, &[&settings.slot])?;
-    let Some([plugin, database, wal_status, confirmed, here]) = rows.first().map(Vec::as_slice) else {
-        return Ok(None);
-    };
-    let slot = &settings.slot;
-    let text = |value: &Option<String>| value.clone().unwrap_or_default();
-    let halted = |what: String, hint: &str| Err(Error::new(Kind::Halted, what).hint(hint));
-    if text(plugin) != "pgoutput" {
-        let what = format!("slot {slot:?} is for {:?}, not for pgoutput", text(plugin));
-        return halted(what, "choose another name with postgres.slot and run `cdc-relay init`");
+/// A slot as `pg_replication_slots` has it
+/// (<https://www.postgresql.org/docs/current/view-pg-replication-slots.html>).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Slot {
+    plugin: String,
+    database: String,
+    /// The database that we are connected to.
+    here: String,
+    /// The server has removed log that it needed, or has invalidated it for another reason.
+    pub(crate) is_lost: bool,
+    /// None while it is being made.
+    pub(crate) confirmed: Option<Lsn>,
+    /// The process that streams from it.
+    pub(crate) active_pid: Option<String>,
+}
+
+impl Slot {
+    /// Looks it up; None where there is no such slot.
+    pub(crate) fn look(connection: &mut Connection, name: &str) -> Result<Option<Self>, Error> {
+        let sql = "SELECT coalesce(plugin, 'physical'), coalesce(database, ''), current_database(), \
+                   coalesce(wal_status, ''), confirmed_flush_lsn, active_pid \
+                   FROM pg_replication_slots WHERE slot_name = $1";
+        let rows = connection.query(sql, &[name])?;
+        let Some([plugin, database, here, wal_status, confirmed, active_pid]) =
+            rows.first().map(Vec::as_slice)
+        else {
+            return Ok(None);
+        };
+        let odd = |e| Error::new(Kind::Internal, format!("the confirmed LSN of slot {name:?}: {e}"));
+        let text = |value: &Option<String>| value.clone().unwrap_or_default();
+        Ok(Some(Self {
+            plugin: text(plugin),
+            database: text(database),
+            here: text(here),
+            is_lost: wal_status.as_deref() == Some("lost"),
+            confirmed: confirmed.as_deref().map(str::parse).transpose().map_err(odd)?,
+            active_pid: active_pid.clone(),
+        }))
     }
-    if database != here {
-        let what = format!("slot {slot:?} belongs to database {:?}, not to {:?}", text(database), text(here));
-        return halted(what, "mend the database in postgres.url, or choose another name with postgres.slot");
-    }
-    if text(wal_status) == "lost" {
-        let what = format!("slot {slot:?} is lost: the server has removed the log that it still needed");
-        let hint = "what was committed since its confirmed LSN and is not in Kafka has to be taken from the outbox table by hand; then \
-                    SELECT pg_drop_replication_slot('…') and `cdc-relay init`. Raise max_slot_wal_keep_size";
-        return halted(what, hint);
-    }
-    let Some(confirmed) = confirmed else {
-        return Err(Error::new(
-            Kind::SlotInUse,
-            format!("slot {slot:?} is still being made by another process"),
-        ));
-    };
-    match confirmed.parse() {
-        Ok(lsn) => Ok(Some(lsn)),
-        Err(e) => Err(Error::new(Kind::Internal, format!("the confirmed LSN of slot {slot:?}: {e}"))),
+
+    /// Whether it can be ours at all.
+    ///
+    /// # Errors
+    /// Halted: it is another plug-in's or another database's.
+    pub(crate) fn check_kind(&self, name: &str) -> Result<(), Error> {
+        let Self { plugin, database, here, .. } = self;
+        let halted = |what: String, hint: &str| Err(Error::new(Kind::Halted, what).hint(hint));
+        if plugin != "pgoutput" {
+            let what = format!("slot {name:?} is for {plugin:?}, not for pgoutput");
+            return halted(what, "choose another name with postgres.slot and run `cdc-relay init`");
+        }
+        if database != here {
+            let what = format!("slot {name:?} belongs to database {database:?}, not to {here:?}");
+            return halted(
+                what,
+                "mend the database in postgres.url, or choose another name with postgres.slot",
+            );
+        }
+        Ok(())
     }
 }
 
-/// Makes what is missing: the publication, then the slot, so that the slot's first change is already published.
-pub(crate) fn init(settings: &Settings) -> Result<(Made, Made, Lsn), Error> {
-    let mut connection = Connection::connect(&settings.postgres, Purpose::Sql, settings.connect_timeout)?;
-    let publication = if publishes_inserts(&mut connection, &settings.publication)?.is_some() {
+/// The slot's confirmed flush LSN, or None where there is no such slot.
+pub(crate) fn find_slot(connection: &mut Connection, settings: &Settings) -> Result<Option<Lsn>, Error> {
+    let name = &settings.slot;
+    let Some(slot) = Slot::look(connection, name)? else { return Ok(None) };
+    slot.check_kind(name)?;
+    if slot.is_lost {
+        let what = format!("slot {name:?} is lost: the server has removed the log that it still needed");
+        return Err(Error::new(Kind::Halted, what).hint(
+            "what was committed since its confirmed LSN and is not in Kafka has to be taken from the outbox table by hand; then \
+             `cdc-relay accept-gap` makes a new slot. Raise max_slot_wal_keep_size",
+        ));
+    }
+    let in_the_making =
+        || Error::new(Kind::SlotInUse, format!("slot {name:?} is still being made by another process"));
+    slot.confirmed.ok_or_else(in_the_making).map(Some)
+}
+
+/// Makes the publication where it is missing, and checks it.
+pub(crate) fn make_publication(connection: &mut Connection, settings: &Settings) -> Result<Made, Error> {
+    let made = if publishes_inserts(connection, &settings.publication)?.is_some() {
         Made::Existed
     } else {
-        create_publication(&mut connection, settings)?;
+        create_publication(connection, settings)?;
         Made::Created
     };
-    verify_publication(&mut connection, settings)?;
-    if let Some(lsn) = find_slot(&mut connection, settings)? {
-        return Ok((publication, Made::Existed, lsn));
-    }
-    let sql = "SELECT lsn FROM pg_create_logical_replication_slot($1, 'pgoutput')";
-    // The server waits here for every transaction that is open, for as long as they take.
+    verify_publication(connection, settings)?;
+    Ok(made)
+}
+
+/// Makes the slot; its confirmed LSN. The server waits for every transaction that is open, for as long as they take.
+pub(crate) fn make_slot(connection: &mut Connection, settings: &Settings) -> Result<Lsn, Error> {
     connection.set_answer_timeout(CREATE_SLOT_TIMEOUT)?;
-    match connection.query(sql, &[&settings.slot]) {
-        // Another of us was first.
-        Err(e) if e.sqlstate.as_deref() == Some("42710") => {}
-        made => drop(made?),
-    }
-    let lsn = find_slot(&mut connection, settings)?;
-    Ok((publication, Made::Created, lsn.unwrap_or_default()))
+    connection
+        .query("SELECT lsn FROM pg_create_logical_replication_slot($1, 'pgoutput')", &[&settings.slot])?;
+    let missing = || Error::new(Kind::Internal, "the slot that was made is not there");
+    find_slot(connection, settings)?.ok_or_else(missing)
 }
 
 const CREATE_SLOT_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(600);

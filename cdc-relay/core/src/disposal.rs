@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use crate::{
     Outgoing,
-    parking::{Key, PARKED_LIMIT, Parking},
+    parking::{Key, Marker, PARKED_LIMIT, Parking},
     poison::{Poison, Policies, Policy},
     progress::{Progress, Ticket},
     record::{Headers, Identity, Record},
@@ -21,6 +21,7 @@ pub(crate) struct Disposal {
     /// Rows that Kafka has refused.
     pub(crate) refused: HashMap<Identity, Poison>,
     pub(crate) diversions: Vec<Diversion>,
+    pub(crate) markers: Vec<Marker>,
     /// Scratch for a dead letter's headers.
     pub(crate) headers: Headers,
 }
@@ -60,8 +61,7 @@ impl Disposal {
             // An aggregate that cannot be told cannot be parked either.
             Policy::ParkKey => {
                 if let Some(key) = Key::of(&record) {
-                    let full = |_| Halt::TooManyParked { limit: PARKED_LIMIT };
-                    self.parking.park(key, record.identity).map_err(full)?;
+                    self.park(key, record.identity, progress)?;
                 }
             }
             Policy::DeadLetter => {}
@@ -75,6 +75,26 @@ impl Disposal {
             ..record
         };
         Ok(Some(outgoing(letter, progress, ticket, true)))
+    }
+
+    fn park(&mut self, key: Key, first: Identity, progress: &mut Progress) -> Result<(), Halt> {
+        let full = |_| Halt::TooManyParked { limit: PARKED_LIMIT };
+        if self.parking.park(key.clone(), first).map_err(full)? {
+            // Its credit is taken at once, so that the row's commit waits for the marker too.
+            let ticket = progress.begin_record(key.cost_bytes());
+            self.markers.push(Marker { ticket, key, parked: Some(first) });
+        }
+        Ok(())
+    }
+
+    /// Frees an aggregate. Whether it was parked.
+    pub(crate) fn free(&mut self, key: &Key, progress: &mut Progress) -> bool {
+        let was_parked = self.parking.free(key);
+        if was_parked {
+            let ticket = progress.begin_record(key.cost_bytes());
+            self.markers.push(Marker { ticket, key: key.clone(), parked: None });
+        }
+        was_parked
     }
 }
 

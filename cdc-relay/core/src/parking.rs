@@ -1,8 +1,11 @@
 //! Aggregates that are parked: their rows go to the dead-letter topic, in order, until a redrive frees them.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 
-use crate::record::{Identity, Record};
+use crate::{
+    progress::Ticket,
+    record::{Identity, Record},
+};
 
 /// The most aggregates that can be parked. Each is held in memory.
 pub const PARKED_LIMIT: usize = 100_000;
@@ -35,8 +38,6 @@ impl Key {
 #[derive(Debug, Default)]
 pub struct Parking {
     keys: BTreeMap<Key, Identity>,
-    /// What Kafka has to be told.
-    changes: VecDeque<(Key, Option<Identity>)>,
 }
 
 /// [`PARKED_LIMIT`] is reached.
@@ -45,7 +46,7 @@ pub struct Full;
 
 impl Parking {
     pub(crate) fn new(keys: BTreeMap<Key, Identity>) -> Self {
-        Self { keys, changes: VecDeque::new() }
+        Self { keys }
     }
 
     /// Whether the row has to go behind a parked one. Rows before that one do not: after a crash they come again.
@@ -57,29 +58,21 @@ impl Parking {
         first.is_some_and(|first| record.identity >= *first)
     }
 
-    /// Parks an aggregate from this row on.
-    pub(crate) fn park(&mut self, key: Key, first: Identity) -> Result<(), Full> {
+    /// Parks an aggregate from this row on. Whether it was not parked before.
+    pub(crate) fn park(&mut self, key: Key, first: Identity) -> Result<bool, Full> {
         if self.keys.contains_key(&key) {
-            return Ok(());
+            return Ok(false);
         }
         if self.keys.len() >= PARKED_LIMIT {
             return Err(Full);
         }
-        self.changes.push_back((key.clone(), Some(first)));
         self.keys.insert(key, first);
-        Ok(())
+        Ok(true)
     }
 
+    /// Frees an aggregate. Whether it was parked.
     pub(crate) fn free(&mut self, key: &Key) -> bool {
-        let was_parked = self.keys.remove(key).is_some();
-        if was_parked {
-            self.changes.push_back((key.clone(), None));
-        }
-        was_parked
-    }
-
-    pub(crate) fn take_change(&mut self) -> Option<(Key, Option<Identity>)> {
-        self.changes.pop_front()
+        self.keys.remove(key).is_some()
     }
 
     /// How many aggregates are parked.
@@ -91,4 +84,14 @@ impl Parking {
     pub fn is_empty(&self) -> bool {
         self.keys.is_empty()
     }
+}
+
+/// An aggregate was parked, or freed again: to be written to the topic of parked keys, and acknowledged like a
+/// record.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Marker {
+    pub ticket: Ticket,
+    pub key: Key,
+    /// The first row of it that was parked; None when it was freed.
+    pub parked: Option<Identity>,
 }

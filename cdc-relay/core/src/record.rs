@@ -53,7 +53,7 @@ impl Record<'_> {
     }
 
     /// What the record takes of the credit in flight, in bytes.
-    pub(crate) fn cost_bytes(&self) -> usize {
+    pub fn cost_bytes(&self) -> usize {
         let length = |bytes: Option<&[u8]>| bytes.map_or(0, <[u8]>::len);
         OVERHEAD_BYTES + self.headers.bytes() + self.topic.len() + length(self.key) + length(self.value)
     }

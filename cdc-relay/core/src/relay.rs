@@ -13,7 +13,7 @@ use std::{
 use crate::{
     Lsn, Outgoing,
     disposal::Disposal,
-    parking::{Key, Parking},
+    parking::{Key, Marker, Parking},
     poison::{Kind, Poison, Policies, Policy},
     progress::{NotInFlight, Progress, Ticket},
     record::{Headers, Identity},
@@ -136,6 +136,7 @@ impl Relay {
                 parking: Parking::new(past.parked),
                 refused: past.refused,
                 diversions: Vec::new(),
+                markers: Vec::new(),
                 headers: Headers::default(),
             },
             options,
@@ -152,6 +153,15 @@ impl Relay {
             reply_wanted: true,
             ignored_changes: 0,
         }
+    }
+
+    /// What is known of the past, for a caller that finds it out after it has started to send status updates. Nothing
+    /// may have been handled yet.
+    pub fn recall(&mut self, past: Past) {
+        self.progress = Progress::new(past.confirmed);
+        self.checkpoint = past.checkpoint;
+        self.disposal.parking = Parking::new(past.parked);
+        self.disposal.refused = past.refused;
     }
 
     /// One message of the stream, at `start` in the log. What comes back is to be enqueued.
@@ -212,11 +222,9 @@ impl Relay {
         self.progress.settle(ticket).map_err(Halt::UnknownTicket)
     }
 
-    /// The marker to write, if an aggregate was parked or freed: Kafka has to acknowledge it like a record.
-    pub fn take_marker(&mut self) -> Option<Marker> {
-        let (key, parked) = self.disposal.parking.take_change()?;
-        let ticket = self.progress.begin_record(key.cost_bytes());
-        Some(Marker { ticket, key, parked })
+    /// The markers to write because aggregates were parked or freed.
+    pub fn take_markers(&mut self) -> Vec<Marker> {
+        std::mem::take(&mut self.disposal.markers)
     }
 
     /// The position to write down in Kafka now, if it is time: everything up to it is settled.
@@ -305,9 +313,14 @@ impl Relay {
         self.source.is_in_transaction()
     }
 
-    /// Whether everything that was read is settled, and covered by a checkpoint.
+    /// Whether an acknowledged checkpoint covers everything that may be confirmed.
+    pub fn is_covered(&self) -> bool {
+        self.progress.confirmed() <= self.checkpoint
+    }
+
+    /// Whether everything that was read is settled, and covered.
     pub fn is_at_rest(&self) -> bool {
-        self.progress.is_idle() && self.progress.confirmed() <= self.checkpoint
+        self.progress.is_idle() && !self.is_in_transaction() && self.is_covered()
     }
 
     /// What is in flight.
@@ -340,20 +353,11 @@ impl Relay {
         &self.disposal.parking
     }
 
-    /// Frees an aggregate: its later rows go to their own topic again. [`take_marker`](Self::take_marker) hands
+    /// Frees an aggregate: its later rows go to their own topic again. [`take_markers`](Self::take_markers) hands
     /// out what has to be written. Whether it was parked.
     pub fn free(&mut self, key: &Key) -> bool {
-        self.disposal.parking.free(key)
+        self.disposal.free(key, &mut self.progress)
     }
-}
-
-/// An aggregate was parked, or freed again: to be written to the topic of parked keys.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Marker {
-    pub ticket: Ticket,
-    pub key: Key,
-    /// The first row of it that was parked; None when it was freed.
-    pub parked: Option<Identity>,
 }
 
 #[cfg(test)]

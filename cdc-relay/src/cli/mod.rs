@@ -1,5 +1,6 @@
 //! The command line.
 
+mod accept_gap;
 mod init;
 mod run;
 
@@ -67,8 +68,13 @@ struct Options {
 enum Command {
     /// Stream until asked to stop (SIGTERM, SIGINT). This is the default.
     Run,
-    /// Create the publication and the slot where they are missing.
+    /// Create the publication, the slot, the relay's own topics and the first checkpoint where they are missing.
     Init,
+    /// Go on although something may be missing: after a slot was lost, dropped, moved or restored, or past a transaction
+    /// that cannot be published.
+    ///
+    /// Without --yes it only says what it would do, and exits with 65 if that is anything.
+    AcceptGap(accept_gap::AcceptGap),
     /// Things about the configuration.
     Config {
         #[command(subcommand)]
@@ -122,6 +128,7 @@ fn carry_out(cli: Cli) -> Result<(), Failure> {
     }
     match cli.command {
         Some(Command::Init) => init::init(&settings),
+        Some(Command::AcceptGap(command)) => accept_gap::accept_gap(&settings, &command),
         _ => run::run(settings),
     }
 }

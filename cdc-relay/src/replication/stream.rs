@@ -15,7 +15,10 @@ use super::{
     server_error::{error_fields, server_error},
     wire::{Fill, Wire},
 };
-use crate::error::{Error, Kind};
+use crate::{
+    error::{Error, Kind},
+    position::{System, parse_history},
+};
 
 /// From the Unix epoch to Postgres' (2000-01-01).
 const POSTGRES_EPOCH: Duration = Duration::from_secs(946_684_800);
@@ -47,8 +50,9 @@ impl ReplicationStream {
         slot: &str,
         publication: &str,
         timeout: Duration,
-    ) -> Result<Self, Error> {
+    ) -> Result<(Self, System), Error> {
         let mut connection = Connection::connect(info, Purpose::Replication, timeout)?;
+        let system = identify(&mut connection)?;
         let options =
             format!("proto_version '1', publication_names {}", quote_literal(&quote_identifier(publication)));
         let sql = format!("START_REPLICATION SLOT {} LOGICAL 0/0 ({options})", quote_identifier(slot));
@@ -69,7 +73,7 @@ impl ReplicationStream {
             }
         }
         wire.set_nonblocking().map_err(io)?;
-        Ok(Self { wire })
+        Ok((Self { wire }, system))
     }
 
     /// The next event that was read, or None when more has to be [read](Self::fill).
@@ -149,6 +153,22 @@ impl ReplicationStream {
             }
         }
     }
+}
+
+/// Which server this is (<https://www.postgresql.org/docs/current/protocol-replication.html>).
+pub(crate) fn identify(connection: &mut Connection) -> Result<System, Error> {
+    let rows = connection.simple_query("IDENTIFY_SYSTEM")?;
+    let odd = || Error::new(Kind::PostgresAway, "the server's answer to IDENTIFY_SYSTEM cannot be read");
+    let column = |n: usize| rows.first().and_then(|r| r.get(n)?.as_deref()).ok_or_else(odd);
+    let timeline: u32 = column(1)?.parse().map_err(|_| odd())?;
+    let (identifier, wal_end) = (column(0)?.to_owned(), column(2)?.parse().map_err(|_| odd())?);
+    let mut switches = Vec::new();
+    if timeline > 1 {
+        let rows = connection.simple_query(&format!("TIMELINE_HISTORY {timeline}"))?;
+        let content = rows.first().and_then(|r| r.get(1)?.as_deref()).unwrap_or_default();
+        switches = parse_history(content);
+    }
+    Ok(System { identifier, timeline, wal_end, switches })
 }
 
 fn stream_failed(e: &io::Error) -> Error {

@@ -2,7 +2,7 @@
 
 use crate::{
     database::{Database, eventually},
-    relay::{Relay, init},
+    relay::{Relay, command, init},
     topics::{Topic, assert_complete_and_ordered},
 };
 
@@ -102,11 +102,17 @@ fn a_row_that_cannot_be_published_can_be_left_out_by_the_hints_command_and_nothi
     database.insert(&topic.kind, 500, 500);
     let mut relay = Relay::spawn(&database, &[]);
     assert_eq!(relay.wait().code(), Some(65), "{}", relay.log());
-    assert!(relay.log().contains("pg_replication_slot_advance"), "{}", relay.log());
     let log = relay.log();
+    assert!(log.contains("cdc-relay accept-gap --through"), "{log}");
     let lsn = log.split("commit LSN ").nth(1).and_then(|rest| rest.split(',').next()).unwrap();
-    let slot = database.slot.clone();
-    database.run(&format!("SELECT pg_replication_slot_advance('{slot}', '{lsn}'::pg_lsn + 1)"));
+    let accept = |yes: &[&str]| {
+        let output = command(&database).args(["accept-gap", "--through", lsn]).args(yes).output().unwrap();
+        (output.status.code(), String::from_utf8(output.stdout).unwrap())
+    };
+    let (code, told) = accept(&[]);
+    assert!(code == Some(65) && told.contains("would        move the slot on to"), "{told}");
+    assert_eq!(accept(&["--yes"]).0, Some(0));
+    assert_eq!(accept(&["--yes"]).0, Some(0), "it may be said twice");
     let relay = Relay::start(&database, &[]);
     assert_eq!(assert_complete_and_ordered(&topic.read(1000), 1000), 0);
     relay.stop();
@@ -126,7 +132,7 @@ fn a_slot_of_another_database_is_refused_although_it_is_in_use() {
 
 #[test]
 fn a_row_that_is_too_large_halts_and_is_published_once_the_limit_is_raised() {
-    let (mut database, topic) = (Database::new(), Topic::new(1, &[("max.message.bytes", "3000000")]));
+    let (mut database, topic) = (Database::new(), Topic::new(1, &[("max.message.bytes", "1000000")]));
     init(&database);
     let mut relay = Relay::start(&database, &[]);
     let kind = &topic.kind;
@@ -136,9 +142,10 @@ fn a_row_that_is_too_large_halts_and_is_published_once_the_limit_is_raised() {
     database.run(&large);
     database.run(&format!("INSERT INTO outbox VALUES (gen_random_uuid(), '{kind}', 'k', 'T', '{{}}')"));
     assert_eq!(relay.wait().code(), Some(65), "{}", relay.log());
-    assert!(relay.log().contains("message.max.bytes"), "{}", relay.log());
+    assert!(relay.log().contains("--add-config max.message.bytes=N"), "{}", relay.log());
     assert_eq!(topic.size(), 0);
-    let relay = Relay::start(&database, &[("CDC_RELAY_KAFKA__PROPERTIES__MESSAGE_MAX_BYTES", "4000000")]);
+    topic.configure("max.message.bytes", "3000000");
+    let relay = Relay::start(&database, &[]);
     assert_eq!(topic.read(2).len(), 2);
     relay.stop();
 }
@@ -157,7 +164,7 @@ fn a_record_that_the_broker_refuses_halts_and_nothing_behind_it_is_confirmed() {
     let lsn = database.current_lsn();
     assert_eq!(relay.wait().code(), Some(65), "{}", relay.log());
     assert!(
-        relay.log().contains(&format!("for topic {} is larger than Kafka takes", topic.name))
+        relay.log().contains(&format!("larger than topic {:?} takes", topic.name))
             && relay.log().contains(&format!("outbox row {id} (commit LSN ")),
         "{}",
         relay.log()
@@ -238,10 +245,11 @@ fn the_servers_silence_means_nothing_while_kafka_keeps_us_from_listening() {
     let (mut database, topic) = (Database::new(), Topic::new(1, &[]));
     init(&database);
     database.insert(&topic.kind, 0, 10);
-    let relay = Relay::start(
+    let mut relay = Relay::spawn(
         &database,
         &[("CDC_RELAY_KAFKA__BROKERS", "127.0.0.1:1"), ("CDC_RELAY_POSTGRES__SILENCE_TIMEOUT_SECONDS", "1")],
     );
+    relay.wait_for_state("starting");
     let up_for = |seconds: f64| relay.metric("cdc_relay_process_uptime_seconds").filter(|s| *s > seconds);
     eventually("five silence time-outs have passed", || up_for(5.0));
     assert_eq!(relay.metric("cdc_relay_sessions_total"), Some(1.0), "{}", relay.log());
@@ -249,17 +257,16 @@ fn the_servers_silence_means_nothing_while_kafka_keeps_us_from_listening() {
 }
 
 #[test]
-fn without_kafka_the_relay_gives_up_after_the_configured_time_and_a_stop_is_told_as_unclean() {
+fn without_kafka_the_relay_gives_up_after_the_configured_time_and_can_be_stopped() {
     let (mut database, topic) = (Database::new(), Topic::new(1, &[]));
     init(&database);
     database.insert(&topic.kind, 0, 10);
     let nobody = ("CDC_RELAY_KAFKA__BROKERS", "127.0.0.1:1");
     let mut relay = Relay::spawn(&database, &[nobody, ("CDC_RELAY_POSTGRES__GIVE_UP_SECONDS", "2")]);
     assert_eq!(relay.wait().code(), Some(75), "{}", relay.log());
-    let mut relay = Relay::start(&database, &[nobody, ("CDC_RELAY_LIMITS__DRAIN_SECONDS", "1")]);
-    eventually("a record waits", || relay.metric("cdc_relay_in_flight_records").filter(|n| *n > 0.0));
-    relay.signal(rustix::process::Signal::TERM);
-    assert_eq!(relay.wait().code(), Some(75), "{}", relay.log());
+    let mut relay = Relay::spawn(&database, &[nobody, ("CDC_RELAY_LIMITS__DRAIN_SECONDS", "1")]);
+    relay.wait_for_state("starting");
+    relay.stop();
     let relay = Relay::start(&database, &[]);
     assert_complete_and_ordered(&topic.read(10), 10);
     relay.stop();
@@ -297,17 +304,14 @@ fn a_broker_that_is_not_there_is_waited_for_within_bounds() {
     let (mut database, topic) = (Database::new(), Topic::new(1, &[]));
     init(&database);
     // Nobody listens on port 1; the relay must neither end nor confirm.
-    let relay = Relay::start(
-        &database,
-        &[("CDC_RELAY_KAFKA__BROKERS", "127.0.0.1:1"), ("CDC_RELAY_LIMITS__IN_FLIGHT_BYTES", "65536")],
-    );
+    let mut relay = Relay::spawn(&database, &[("CDC_RELAY_KAFKA__BROKERS", "127.0.0.1:1")]);
+    relay.wait_for_state("starting");
     database.insert(&topic.kind, 0, 2000);
     let lsn = database.current_lsn();
     eventually("the relay has said so", || {
         relay.log().contains("no Kafka broker can be reached").then_some(())
     });
     eventually("the metric says so", || relay.metric("cdc_relay_kafka_up").filter(|up| *up == 0.0));
-    assert!(relay.metric("cdc_relay_in_flight_bytes").unwrap() <= 65_536.0 + 1024.0);
     assert!(database.unconfirmed_bytes(&lsn) > 0);
     relay.kill();
     let relay = Relay::start(&database, &[]);

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use rdkafka::{
     ClientConfig, Message as _, Offset, TopicPartitionList,
-    admin::{AdminClient, AdminOptions, NewTopic, TopicReplication},
+    admin::{AdminClient, AdminOptions, AlterConfig, NewTopic, ResourceSpecifier, TopicReplication},
     client::DefaultClientContext,
     consumer::{BaseConsumer, Consumer as _},
     message::{Headers as _, OwnedMessage},
@@ -28,8 +28,7 @@ impl Topic {
             new = new.set(key, value);
         }
         let admin: AdminClient<DefaultClientContext> = client().create().unwrap();
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let created = runtime.block_on(admin.create_topics([&new], &AdminOptions::new())).unwrap();
+        let created = runtime().block_on(admin.create_topics([&new], &AdminOptions::new())).unwrap();
         assert!(created.iter().all(Result::is_ok), "{created:?}");
         Self { kind, name, partitions }
     }
@@ -53,12 +52,24 @@ impl Topic {
         messages
     }
 
+    /// Changes one of its settings.
+    pub(crate) fn configure(&self, key: &str, value: &str) {
+        let admin: AdminClient<DefaultClientContext> = client().create().unwrap();
+        let change = AlterConfig::new(ResourceSpecifier::Topic(&self.name)).set(key, value);
+        let altered = runtime().block_on(admin.alter_configs([&change], &AdminOptions::new())).unwrap();
+        assert!(altered.iter().all(Result::is_ok), "{altered:?}");
+    }
+
     /// How many records there are at the moment.
     pub(crate) fn size(&self) -> i64 {
         let consumer: BaseConsumer = client().create().unwrap();
         let marks = |p| consumer.fetch_watermarks(&self.name, p, Duration::from_secs(30)).unwrap();
         (0..self.partitions).map(marks).map(|(low, high)| high - low).sum()
     }
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
 }
 
 fn client() -> ClientConfig {

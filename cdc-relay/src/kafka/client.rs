@@ -1,0 +1,55 @@
+//! The configuration that every client of Kafka here starts from.
+
+use rdkafka::{ClientConfig, config::RDKafkaLogLevel, error::KafkaError};
+
+use crate::{
+    config::KafkaConfig,
+    error::{Error, Kind},
+};
+
+/// Asks librdkafka whether it would take the configuration; connects to nothing.
+pub(crate) fn check(config: &KafkaConfig) -> Result<(), Error> {
+    client_config(config).create_native_config().map(drop).map_err(|e| not_taken(&e))
+}
+
+pub(super) fn not_taken(error: &KafkaError) -> Error {
+    Error::new(Kind::Misconfigured, format!("librdkafka does not take the configuration: {error}"))
+        .hint("look at kafka.brokers and kafka.properties")
+}
+
+/// The producer's configuration; a consumer takes what concerns it and ignores the rest.
+pub(super) fn client_config(config: &KafkaConfig) -> ClientConfig {
+    let mut client = ClientConfig::new();
+    client
+        .set("client.id", "cdc-relay")
+        // Partitions as Java's producer, and Debezium, would choose them.
+        .set("partitioner", "murmur2_random")
+        .set("linger.ms", "5")
+        .set("reconnect.backoff.max.ms", "1000")
+        .set("socket.keepalive.enable", "true")
+        // OpenSSL is built in, so it has to be told where this system keeps its certificates.
+        .set("ssl.ca.location", "probe")
+        // The topic's max.message.bytes decides, and is asked for.
+        .set("message.max.bytes", "1000000000");
+    for (name, value) in &config.properties {
+        client.set(name, value.expose());
+    }
+    client
+        .set("bootstrap.servers", &config.brokers)
+        .set("enable.idempotence", "true")
+        .set("acks", "all")
+        .set("enable.gapless.guarantee", "true")
+        .set("message.timeout.ms", "0")
+        .set("allow.auto.create.topics", "false")
+        // The bound is ours (limits.in_flight_bytes); librdkafka's would count payloads only.
+        .set("queue.buffering.max.messages", "0")
+        .set("queue.buffering.max.kbytes", "2147483647")
+        .set_log_level(RDKafkaLogLevel::Info);
+    client
+}
+
+/// Whether batches are compressed: then only the broker knows how large one is.
+pub(super) fn compresses(config: &KafkaConfig) -> bool {
+    let set = |name: &str| config.properties.get(name).is_some_and(|v| v.expose() != "none");
+    set("compression.type") || set("compression.codec")
+}

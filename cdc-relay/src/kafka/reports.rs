@@ -1,0 +1,148 @@
+//! What librdkafka tells: delivery reports, errors and its log.
+
+use std::sync::{
+    Mutex, MutexGuard, PoisonError,
+    atomic::{AtomicBool, Ordering},
+};
+
+use rdkafka::{
+    ClientContext,
+    config::RDKafkaLogLevel,
+    error::{KafkaError, RDKafkaErrorCode},
+    message::{BorrowedMessage, Headers as _, Message as _},
+    producer::{DeliveryResult, ProducerContext},
+};
+use relay_core::{progress::Ticket, record::Identity};
+
+use super::refusal::is_consequence;
+use crate::{admin::Metrics, wait::Waker};
+
+/// Stands for the checkpoint where a record has its ticket.
+pub(super) const CHECKPOINT: usize = usize::MAX;
+
+/// What Kafka has said since it was last asked.
+#[derive(Debug, Default)]
+pub(super) struct Reports {
+    pub(super) acknowledged: Vec<Ticket>,
+    pub(super) checkpointed: bool,
+    /// The first failure that is a cause; those that follow from it are not kept.
+    pub(super) failed: Option<Failed>,
+    /// How many records were refused for their size.
+    pub(super) too_large: usize,
+}
+
+/// A record that was not delivered, or the producer's own failure.
+#[derive(Debug, Clone)]
+pub(super) struct Failed {
+    pub(super) code: RDKafkaErrorCode,
+    pub(super) topic: String,
+    /// Which row it was, where it was one.
+    pub(super) identity: Option<Identity>,
+}
+
+pub(super) struct Context {
+    reports: Mutex<Reports>,
+    waker: Waker,
+    metrics: Metrics,
+    /// Whether it has been told that no broker can be reached.
+    told_down: AtomicBool,
+}
+
+impl Context {
+    pub(super) fn new(waker: Waker, metrics: Metrics) -> Self {
+        Self { reports: Mutex::default(), waker, metrics, told_down: AtomicBool::new(false) }
+    }
+
+    pub(super) fn reports(&self) -> MutexGuard<'_, Reports> {
+        self.reports.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn wake(&self) {
+        self.waker.wake();
+    }
+
+    fn fail(&self, code: RDKafkaErrorCode, message: Option<&BorrowedMessage<'_>>) {
+        let mut reports = self.reports();
+        reports.too_large += usize::from(code == RDKafkaErrorCode::MessageSizeTooLarge);
+        if reports.failed.as_ref().is_none_or(|f| is_consequence(f.code)) {
+            let topic = message.map(|m| m.topic().to_owned()).unwrap_or_default();
+            reports.failed = Some(Failed { code, topic, identity: message.and_then(identity_of) });
+        }
+        drop(reports);
+        self.waker.wake();
+    }
+
+    fn down(&self, reason: &str) {
+        self.metrics.kafka_up.set(0);
+        if !self.told_down.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                reason,
+                "no Kafka broker can be reached; records wait and input pauses at its bound"
+            );
+        }
+    }
+
+    pub(super) fn up(&self) {
+        self.metrics.kafka_up.set(1);
+        if self.told_down.swap(false, Ordering::Relaxed) {
+            tracing::info!("Kafka can be reached again");
+        }
+    }
+}
+
+/// Which row a record that came back was made of.
+fn identity_of(message: &BorrowedMessage<'_>) -> Option<Identity> {
+    let headers = message.headers()?;
+    let text = |name: &str| std::str::from_utf8(headers.iter().find(|h| h.key == name)?.value?).ok();
+    Some(Identity { commit_lsn: text("lsn")?.parse().ok()?, seq: text("seq")?.parse().ok()? })
+}
+
+impl ClientContext for Context {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        // What matters comes by `error` and by delivery reports; librdkafka's own lines are for whoever asks.
+        tracing::debug!(?level, facility, "librdkafka: {message}");
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        match error.rdkafka_error_code() {
+            Some(RDKafkaErrorCode::AllBrokersDown) => self.down(reason),
+            Some(RDKafkaErrorCode::Fatal) => {
+                tracing::warn!(reason, "the producer is broken and will be replaced");
+                self.fail(RDKafkaErrorCode::Fatal, None);
+            }
+            Some(RDKafkaErrorCode::Authentication | RDKafkaErrorCode::SSL) => {
+                tracing::error!(
+                    reason,
+                    "Kafka refuses the connection: check kafka.properties (security.protocol, sasl.*, ssl.*)"
+                );
+            }
+            _ => tracing::debug!(reason, "librdkafka: {error}"),
+        }
+    }
+}
+
+impl ProducerContext for Context {
+    type DeliveryOpaque = usize;
+
+    fn delivery(&self, result: &DeliveryResult<'_>, ticket: usize) {
+        match result {
+            Ok(_) => {
+                let mut reports = self.reports();
+                let first = reports.acknowledged.is_empty();
+                if ticket == CHECKPOINT {
+                    reports.checkpointed = true;
+                } else {
+                    reports.acknowledged.push(Ticket(ticket as u64));
+                }
+                drop(reports);
+                if first {
+                    self.waker.wake();
+                }
+            }
+            Err((error, message)) => {
+                let code = error.rdkafka_error_code().unwrap_or(RDKafkaErrorCode::Unknown);
+                self.fail(code, Some(message));
+            }
+        }
+    }
+}

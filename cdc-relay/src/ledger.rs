@@ -1,0 +1,264 @@
+//! What the relay writes down about itself in Kafka: its checkpoints, and the aggregates that are parked. Both in
+//! compacted topics, each entry under a key that begins with the cluster's system identifier and the slot.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc::{Receiver, channel},
+    },
+    thread::JoinHandle,
+};
+
+use chrono::{SecondsFormat, Utc};
+use rdkafka::Message as _;
+use relay_core::{Lsn, parking::Key, record::Identity};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    config::Settings,
+    error::{Error, Kind},
+    kafka,
+    shared::Shared,
+};
+
+/// An entry to write; no value takes the entry away.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Entry {
+    pub(crate) topic: String,
+    pub(crate) key: String,
+    pub(crate) value: Option<Vec<u8>>,
+}
+
+/// Everything up to `lsn` is settled in Kafka.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Checkpoint {
+    /// As `X/Y`: the end LSN of a transaction, or the end of the log at a time when nothing was in flight.
+    #[serde(with = "lsn_text")]
+    pub(crate) lsn: Lsn,
+    /// How many changes behind `lsn` are settled as well: always 0, whole transactions only.
+    pub(crate) seq: u64,
+    /// The timeline that `lsn` belongs to.
+    pub(crate) timeline: u32,
+    /// Who wrote it: host and process id.
+    pub(crate) instance: String,
+    pub(crate) publication: String,
+    /// When, RFC 3339.
+    pub(crate) at: String,
+}
+
+/// A parked aggregate.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Parked {
+    aggregate_type: String,
+    aggregate_id: String,
+    #[serde(with = "lsn_text")]
+    lsn: Lsn,
+    seq: u64,
+    at: String,
+}
+
+/// Whose entries they are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Owner {
+    /// The cluster's system identifier.
+    pub(crate) system: String,
+    pub(crate) slot: String,
+}
+
+impl Owner {
+    fn key(&self) -> String {
+        format!("{}/{}", self.system, self.slot)
+    }
+}
+
+/// Err when it is no use to wait any longer.
+pub(crate) type Patience<'a> = &'a dyn Fn() -> Result<(), Error>;
+
+/// What was written down.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(crate) struct Ledger {
+    pub(crate) checkpoint: Option<Checkpoint>,
+    /// Of slots of the same name in other clusters: the system identifier, and the checkpoint.
+    pub(crate) others: Vec<(String, Checkpoint)>,
+    pub(crate) parked: BTreeMap<Key, Identity>,
+}
+
+impl Ledger {
+    /// Reads it, waiting for Kafka as long as `patience` is Ok.
+    pub(crate) fn read(settings: &Settings, owner: &Owner, patience: Patience<'_>) -> Result<Self, Error> {
+        let suffix = format!("/{}", owner.slot);
+        let topic = &settings.kafka.checkpoint_topic;
+        let entries = read_entries(settings, topic, patience, |key| key.ends_with(&suffix))?;
+        let mut checkpoints = entries.unwrap_or_default();
+        let checkpoint = checkpoints.remove(&owner.key()).map(|value| parse(topic, &value)).transpose()?;
+        let others = checkpoints.iter().filter_map(|(key, value)| {
+            // Another's entry that cannot be read is not ours to mend.
+            Some((key.strip_suffix(&suffix)?.to_owned(), serde_json::from_slice(value).ok()?))
+        });
+        let mut ledger = Self { checkpoint, others: others.collect(), parked: BTreeMap::new() };
+        if settings.may_park() {
+            ledger.read_parked(settings, owner, patience)?;
+        }
+        Ok(ledger)
+    }
+
+    fn read_parked(
+        &mut self,
+        settings: &Settings,
+        owner: &Owner,
+        patience: Patience<'_>,
+    ) -> Result<(), Error> {
+        let prefix = format!("{}/", owner.key());
+        let topic = &settings.parked_keys_topic;
+        let Some(entries) = read_entries(settings, topic, patience, |key| key.starts_with(&prefix))? else {
+            let what = format!("topic {topic} does not exist, and a policy in [poison] is park-key");
+            return Err(Error::new(Kind::Halted, what).hint("`cdc-relay init` creates it"));
+        };
+        for value in entries.values() {
+            let Parked { aggregate_type, aggregate_id, lsn, seq, .. } = parse(topic, value)?;
+            let first = Identity { commit_lsn: lsn, seq };
+            self.parked.insert(Key { aggregate_type, aggregate_id }, first);
+        }
+        Ok(())
+    }
+}
+
+/// The last value of each key that `wanted` wants; None when there is no such topic.
+fn read_entries(
+    settings: &Settings,
+    topic: &str,
+    patience: Patience<'_>,
+    wanted: impl Fn(&str) -> bool,
+) -> Result<Option<BTreeMap<String, Vec<u8>>>, Error> {
+    let mut entries = BTreeMap::new();
+    let exists = kafka::read_to_end(&settings.kafka, topic, patience, |message| {
+        let key = message.key().and_then(|key| std::str::from_utf8(key).ok());
+        let Some(key) = key.filter(|key| wanted(key)) else { return };
+        match message.payload() {
+            None => drop(entries.remove(key)),
+            Some(value) => drop(entries.insert(key.to_owned(), value.to_vec())),
+        }
+    })?;
+    Ok(exists.then_some(entries))
+}
+
+fn parse<T: serde::de::DeserializeOwned>(topic: &str, value: &[u8]) -> Result<T, Error> {
+    serde_json::from_slice(value).map_err(|e| {
+        let what = format!("an entry of ours in topic {topic} cannot be read: {e}");
+        Error::new(Kind::Halted, what).hint("somebody else writes to this topic, or a newer relay did")
+    })
+}
+
+/// Reads the ledger on a thread of its own, so that the slot can be kept meanwhile.
+#[derive(Debug)]
+pub(crate) struct Reader {
+    stop: Arc<AtomicBool>,
+    result: Receiver<Result<Ledger, Error>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Reader {
+    pub(crate) fn start(shared: &Shared, owner: Owner) -> Result<Self, Error> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let (told, result) = channel();
+        let (stopped, settings, waker) =
+            (Arc::clone(&stop), Arc::clone(&shared.settings), shared.waker.clone());
+        let read = move || {
+            // Whoever is not interested any more has dropped us.
+            let patience = || {
+                if stopped.load(Ordering::Relaxed) {
+                    Err(Error::new(Kind::GaveUp, "nobody waits for the ledger any more"))
+                } else {
+                    Ok(())
+                }
+            };
+            let _ = told.send(Ledger::read(&settings, &owner, &patience));
+            waker.wake();
+        };
+        let thread = std::thread::Builder::new().name("ledger".into()).spawn(read);
+        let thread = thread.map_err(|e| Error::new(Kind::Internal, format!("cannot start a thread: {e}")))?;
+        Ok(Self { stop, result, thread: Some(thread) })
+    }
+
+    /// What was read, once it was.
+    pub(crate) fn take(&self) -> Option<Result<Ledger, Error>> {
+        self.result.try_recv().ok()
+    }
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            // It cannot panic, and if it did there would be nothing to do about it here.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Writes entries of one owner.
+#[derive(Debug, Clone)]
+pub(crate) struct Writer {
+    pub(crate) owner: Owner,
+    pub(crate) timeline: u32,
+    instance: String,
+}
+
+impl Writer {
+    pub(crate) fn new(owner: Owner, timeline: u32) -> Self {
+        let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+        Self { owner, timeline, instance: format!("{host}/{}", std::process::id()) }
+    }
+
+    pub(crate) fn checkpoint(&self, settings: &Settings, lsn: Lsn) -> Entry {
+        let checkpoint = Checkpoint {
+            lsn,
+            seq: 0,
+            timeline: self.timeline,
+            instance: self.instance.clone(),
+            publication: settings.publication.clone(),
+            at: now(),
+        };
+        entry(&settings.kafka.checkpoint_topic, self.owner.key(), Some(&checkpoint))
+    }
+
+    pub(crate) fn parked(&self, settings: &Settings, key: &Key, first: Option<Identity>) -> Entry {
+        let Key { aggregate_type, aggregate_id } = key;
+        let name = format!("{}/{aggregate_type}/{aggregate_id}", self.owner.key());
+        let parked = first.map(|first| Parked {
+            aggregate_type: aggregate_type.clone(),
+            aggregate_id: aggregate_id.clone(),
+            lsn: first.commit_lsn,
+            seq: first.seq,
+            at: now(),
+        });
+        entry(&settings.parked_keys_topic, name, parked.as_ref())
+    }
+}
+
+fn now() -> String {
+    Utc::now().to_rfc3339_opts(SecondsFormat::Millis, true)
+}
+
+fn entry(topic: &str, key: String, value: Option<&impl Serialize>) -> Entry {
+    // These structs have text and numbers only, which cannot fail.
+    let value = value.map(|v| serde_json::to_vec(v).unwrap_or_default());
+    Entry { topic: topic.to_owned(), key, value }
+}
+
+mod lsn_text {
+    use relay_core::Lsn;
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+    pub(super) fn serialize<S: Serializer>(lsn: &Lsn, out: S) -> Result<S::Ok, S::Error> {
+        out.collect_str(lsn)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(input: D) -> Result<Lsn, D::Error> {
+        String::deserialize(input)?.parse().map_err(D::Error::custom)
+    }
+}

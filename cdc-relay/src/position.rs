@@ -1,0 +1,171 @@
+//! Whether what Kafka remembers of the position and what Postgres remembers of it belong together.
+//!
+//! A checkpoint that covers an LSN is in Kafka before Postgres is told that LSN, so on one history of the log the
+//! slot is never ahead of the checkpoint, and the checkpoint never ahead of the log. Anything else means that
+//! somebody moved, dropped, recreated or restored something, and that only a person can say what is missing.
+
+use std::fmt;
+
+use relay_core::Lsn;
+
+use crate::{
+    error::{Error, Kind},
+    ledger::{Checkpoint, Ledger},
+};
+
+/// The server at the other end of a replication connection.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct System {
+    /// The cluster's identifier, made by `initdb`.
+    pub(crate) identifier: String,
+    pub(crate) timeline: u32,
+    /// The end of its log.
+    pub(crate) wal_end: Lsn,
+    /// Where each earlier timeline ended.
+    pub(crate) switches: Vec<(u32, Lsn)>,
+}
+
+/// Why the position is not known for sure.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Doubt {
+    /// Kafka has no checkpoint of this slot of this cluster.
+    NoCheckpoint { others: Vec<(String, Lsn)> },
+    /// The slot was advanced by hand, or dropped and created again.
+    SlotAhead { checkpoint: Lsn, confirmed: Lsn },
+    /// The server's log ends before the checkpoint: it was restored from a backup.
+    LogBehind { checkpoint: Lsn, wal_end: Lsn },
+    /// The server left the checkpoint's timeline before the checkpoint: it was restored, or a standby was promoted
+    /// that had not received everything.
+    Diverged { checkpoint: Lsn, timeline: u32, ended: Lsn },
+}
+
+/// Compares the two.
+pub(crate) fn judge(ledger: &Ledger, confirmed: Lsn, system: &System) -> Result<Lsn, Doubt> {
+    let Some(Checkpoint { lsn: checkpoint, timeline, .. }) = &ledger.checkpoint else {
+        let others = ledger.others.iter().map(|(system, c)| (system.clone(), c.lsn)).collect();
+        return Err(Doubt::NoCheckpoint { others });
+    };
+    let (checkpoint, timeline) = (*checkpoint, *timeline);
+    let ended = system.switches.iter().find(|(ended, _)| *ended == timeline).map(|(_, at)| *at);
+    if let Some(ended) = ended.filter(|ended| checkpoint > *ended) {
+        return Err(Doubt::Diverged { checkpoint, timeline, ended });
+    }
+    if checkpoint > system.wal_end {
+        return Err(Doubt::LogBehind { checkpoint, wal_end: system.wal_end });
+    }
+    if confirmed > checkpoint {
+        return Err(Doubt::SlotAhead { checkpoint, confirmed });
+    }
+    Ok(checkpoint)
+}
+
+impl fmt::Display for Doubt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoCheckpoint { others } => {
+                write!(f, "Kafka has no checkpoint of this slot")?;
+                for (system, lsn) in others {
+                    write!(f, "; it has one of a slot of this name at {lsn} of another cluster, {system}")?;
+                }
+                Ok(())
+            }
+            Self::SlotAhead { checkpoint, confirmed } => write!(
+                f,
+                "the slot is confirmed up to {confirmed}, which is {} bytes beyond the last checkpoint, {checkpoint}: it was \
+                 advanced by hand, or dropped and created again, and what was committed in between may not be in Kafka",
+                confirmed.bytes_since(*checkpoint)
+            ),
+            Self::LogBehind { checkpoint, wal_end } => write!(
+                f,
+                "the server's log ends at {wal_end}, before the last checkpoint, {checkpoint}: it was restored from a backup, and \
+                 Kafka has events that it does not have"
+            ),
+            Self::Diverged { checkpoint, timeline, ended } => write!(
+                f,
+                "the server left timeline {timeline} at {ended}, before the last checkpoint, {checkpoint}: it was restored from a \
+                 backup, or is a standby that was promoted before it had everything, and Kafka has events that it does not have"
+            ),
+        }
+    }
+}
+
+impl From<Doubt> for Error {
+    fn from(doubt: Doubt) -> Self {
+        let hint = match doubt {
+            Doubt::NoCheckpoint { .. } => {
+                "if this relay never ran here, `cdc-relay init` writes the first one. Else find out what became of topic \
+                 kafka.checkpoint_topic, and of the server; `cdc-relay accept-gap` goes on from the slot's confirmed LSN"
+            }
+            Doubt::SlotAhead { .. } => {
+                "take what is missing from the outbox table; then `cdc-relay accept-gap` goes on from the slot's confirmed LSN"
+            }
+            Doubt::LogBehind { .. } | Doubt::Diverged { .. } => {
+                "consumers have applied events that this database never had. `cdc-relay accept-gap` goes on from the slot's \
+                 confirmed LSN; new events may repeat the LSNs of old ones"
+            }
+        };
+        Self::new(Kind::Halted, doubt.to_string()).hint(hint)
+    }
+}
+
+/// The content of a timeline history file: where each earlier timeline ended
+/// (<https://www.postgresql.org/docs/current/continuous-archiving.html#BACKUP-TIMELINES>).
+pub(crate) fn parse_history(text: &str) -> Vec<(u32, Lsn)> {
+    let line = |line: &str| {
+        let mut words = line.split_whitespace();
+        Some((words.next()?.parse().ok()?, words.next()?.parse().ok()?))
+    };
+    text.lines().filter_map(line).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ledger(lsn: u64, timeline: u32) -> Ledger {
+        let text = |s: &str| s.to_owned();
+        let checkpoint = Checkpoint {
+            lsn: Lsn(lsn),
+            seq: 0,
+            timeline,
+            instance: text("i"),
+            publication: text("p"),
+            at: text("t"),
+        };
+        Ledger { checkpoint: Some(checkpoint), ..Ledger::default() }
+    }
+
+    fn system(wal_end: u64, switches: &[(u32, u64)]) -> System {
+        let switches: Vec<_> = switches.iter().map(|(t, l)| (*t, Lsn(*l))).collect();
+        let timeline = u32::try_from(switches.len() + 1).unwrap();
+        System { identifier: "1".into(), timeline, wal_end: Lsn(wal_end), switches }
+    }
+
+    #[test]
+    fn a_slot_at_or_behind_the_checkpoint_is_good() {
+        for confirmed in [1, 49, 50] {
+            assert_eq!(judge(&ledger(50, 1), Lsn(confirmed), &system(50, &[])), Ok(Lsn(50)));
+        }
+        // A standby that had everything was promoted.
+        assert_eq!(judge(&ledger(50, 1), Lsn(50), &system(90, &[(1, 50)])), Ok(Lsn(50)));
+    }
+
+    #[test]
+    fn everything_else_has_its_name() {
+        let doubt = |confirmed, system: &System| judge(&ledger(50, 1), Lsn(confirmed), system).unwrap_err();
+        assert!(matches!(doubt(51, &system(90, &[])), Doubt::SlotAhead { .. }));
+        assert!(matches!(doubt(40, &system(49, &[])), Doubt::LogBehind { .. }));
+        assert!(matches!(doubt(40, &system(90, &[(1, 49)])), Doubt::Diverged { timeline: 1, .. }));
+        let others = vec![("7".to_owned(), ledger(5, 1).checkpoint.unwrap())];
+        let none = Ledger { others, ..Ledger::default() };
+        let doubt = judge(&none, Lsn(1), &system(1, &[])).unwrap_err();
+        assert!(doubt.to_string().ends_with("at 0/5 of another cluster, 7"), "{doubt}");
+    }
+
+    #[test]
+    fn a_history_is_read_and_its_comments_are_not() {
+        let text =
+            "1\t0/A000000\tno recovery target specified\n\n# comment\n2\t1/B\tat restore point \"x\"\n";
+        assert_eq!(parse_history(text), [(1, Lsn(0xA00_0000)), (2, Lsn(0x1_0000_000B))]);
+    }
+}
