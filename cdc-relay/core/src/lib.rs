@@ -19,4 +19,4 @@ pub use record::Outgoing;
 pub use relay::{Relay, StatusUpdate};
 
 #[cfg(test)]
-mod sim_tests;
+mod sim;

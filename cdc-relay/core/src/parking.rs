@@ -75,6 +75,11 @@ impl Parking {
         self.keys.remove(key).is_some()
     }
 
+    /// Whether the aggregate is parked.
+    pub fn is_parked(&self, key: &Key) -> bool {
+        self.keys.contains_key(key)
+    }
+
     /// How many aggregates are parked.
     pub fn len(&self) -> usize {
         self.keys.len()

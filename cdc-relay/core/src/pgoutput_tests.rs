@@ -48,6 +48,13 @@ pub(crate) mod encode {
         out
     }
 
+    pub(crate) fn message(transactional: bool, prefix: &str, content: &[u8]) -> Vec<u8> {
+        let mut out = [b"M", &[u8::from(transactional)][..], &[0; 8], prefix.as_bytes(), b"\0"].concat();
+        out.extend(u32::try_from(content.len()).unwrap().to_be_bytes());
+        out.extend(content);
+        out
+    }
+
     pub(crate) fn delete(oid: u32) -> Vec<u8> {
         [&b"D"[..], &oid.to_be_bytes(), b"K\0\x01t\0\0\0\x01x"].concat()
     }

@@ -181,7 +181,7 @@ impl<'a> Session<'a> {
             Event::Free => {
                 if let Some(key) = self.last_key.take() {
                     self.relay.free(&key);
-                    self.write_markers();
+                    self.begin(&[]);
                 }
             }
             Event::Checkpoint => {
@@ -227,14 +227,14 @@ impl<'a> Session<'a> {
         if let Some(record) = record {
             assert!(matches!(message, Message::Insert { .. }));
             check_record(&record, self.changes, self.policy);
-            assert_eq!(record.ticket, Ticket(self.records.len() as u64));
             let (ticket, told) = (record.ticket, format!("{record:?}"));
             self.last_key = Key::of(&record.record);
             self.last = Some((ticket, bytes));
-            self.records.push(false);
+            self.begin(&[ticket]);
             let again = self.relay.repeat(ticket, bytes).expect("it was handled before");
             assert_eq!(format!("{:?}", again.expect("it was a record before")), told);
         }
+        self.begin(&[]);
         match message {
             Message::Begin { .. } => self.changes = 0,
             Message::Commit { end_lsn, .. } => self.commits.push((self.records.len(), end_lsn)),
@@ -245,7 +245,6 @@ impl<'a> Session<'a> {
             | Message::LogicalMessage { transactional: true, .. } => self.changes += 1,
             _ => {}
         }
-        self.write_markers();
         Some(())
     }
 
@@ -269,13 +268,18 @@ impl<'a> Session<'a> {
                 return None;
             }
         }
-        self.write_markers();
+        self.begin(&[]);
         Some(())
     }
 
-    fn write_markers(&mut self) {
-        while let Some(marker) = self.relay.take_marker() {
-            assert_eq!(marker.ticket, Ticket(self.records.len() as u64));
+    /// New tickets, and those of markers that are to be written: they count up by one, whatever they are for.
+    fn begin(&mut self, records: &[Ticket]) {
+        let markers = self.relay.take_markers();
+        let mut tickets: Vec<Ticket> =
+            markers.iter().map(|m| m.ticket).chain(records.iter().copied()).collect();
+        tickets.sort();
+        for ticket in tickets {
+            assert_eq!(ticket, Ticket(self.records.len() as u64));
             self.records.push(false);
         }
         self.relay.take_diversions();

@@ -1,0 +1,170 @@
+//! The broker, and the way to it.
+//!
+//! Within a partition what is sent arrives in order, or, once something failed there, not at all (that is what the
+//! idempotent producer and its gapless guarantee are for). Acknowledgements come in any order. What a dead producer
+//! had sent to the topic's partitions may still arrive, in part and late. Of its markers and checkpoints it is taken
+//! that they have arrived, or never will, when the next session reads those topics: without fencing nothing else
+//! could be said.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use fastrand::Rng;
+
+use super::postgres::{KEYS, Nature, OutboxRow, RowId};
+use crate::{parking::Key, progress::Ticket, record::Identity};
+
+const PARTITIONS: usize = 3;
+/// Those of the topic, then one each of dead letters, of markers of parked keys, and of checkpoints.
+pub(super) const LOGS: usize = PARTITIONS + 3;
+const DEAD_LETTERS: usize = PARTITIONS;
+const MARKERS: usize = PARTITIONS + 1;
+const CHECKPOINTS: usize = PARTITIONS + 2;
+
+/// What is sent.
+#[derive(Debug, Clone)]
+pub(super) enum Item {
+    Record(OutboxRow),
+    DeadLetter(OutboxRow),
+    Marker(Key, Option<Identity>),
+    Checkpoint(u64),
+}
+
+/// What the relay is told.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Report {
+    Settled(Ticket),
+    Checkpointed,
+    /// Refused for what it is.
+    Refused(OutboxRow),
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Kafka {
+    on_its_way: [VecDeque<(Report, Item)>; LOGS],
+    /// What dead producers had sent to each log, one queue for each producer.
+    late: Vec<(usize, VecDeque<Item>)>,
+    /// Nothing more of the living producer arrives there, because something failed.
+    failed: [bool; LOGS],
+    reports: Vec<Report>,
+    /// Cannot be reached.
+    pub(super) is_away: bool,
+    /// Every row that arrived in the topic, in the order of arrival.
+    pub(super) topic: Vec<RowId>,
+    pub(super) dead_letters: Vec<RowId>,
+    pub(super) parked: BTreeMap<Key, Identity>,
+    pub(super) checkpoint: u64,
+}
+
+impl Kafka {
+    /// With the first checkpoint.
+    pub(super) fn new(checkpoint: u64) -> Self {
+        Self { checkpoint, ..Self::default() }
+    }
+
+    pub(super) fn send(&mut self, report: Report, item: Item) {
+        let log = match &item {
+            Item::Record(row) => row.id.key % PARTITIONS,
+            Item::DeadLetter(_) => DEAD_LETTERS,
+            Item::Marker(..) => MARKERS,
+            Item::Checkpoint(_) => CHECKPOINTS,
+        };
+        if !self.failed[log] {
+            self.on_its_way[log].push_back((report, item));
+        }
+    }
+
+    /// The next of a log arrives. The row, if it is the topic's.
+    pub(super) fn arrive(&mut self, log: usize) -> Option<RowId> {
+        if self.is_away {
+            return None;
+        }
+        let (report, item) = self.on_its_way[log].pop_front()?;
+        if let Some(row) = refused(&item) {
+            self.reports.push(Report::Refused(row));
+            self.failed[log] = true;
+            self.on_its_way[log].clear();
+            return None;
+        }
+        self.reports.push(report);
+        self.append(item)
+    }
+
+    /// Something of a dead producer arrives, behind and before what the living one sends. The row, if it is the topic's.
+    pub(super) fn arrive_late(&mut self, rng: &mut Rng) -> Option<RowId> {
+        if self.is_away || self.late.is_empty() {
+            return None;
+        }
+        let any = rng.usize(..self.late.len());
+        let Some(item) = self.late[any].1.pop_front() else {
+            self.late.swap_remove(any);
+            return None;
+        };
+        if refused(&item).is_some() {
+            self.late.swap_remove(any);
+            return None;
+        }
+        self.append(item)
+    }
+
+    fn append(&mut self, item: Item) -> Option<RowId> {
+        match item {
+            Item::Record(row) => {
+                self.topic.push(row.id);
+                return Some(row.id);
+            }
+            Item::DeadLetter(row) => self.dead_letters.push(row.id),
+            Item::Marker(key, Some(first)) => drop(self.parked.insert(key, first)),
+            Item::Marker(key, None) => drop(self.parked.remove(&key)),
+            Item::Checkpoint(lsn) => self.checkpoint = lsn,
+        }
+        None
+    }
+
+    /// One of the reports that are due, any.
+    pub(super) fn report(&mut self, rng: &mut Rng) -> Option<Report> {
+        if self.is_away || self.reports.is_empty() {
+            return None;
+        }
+        let any = rng.usize(..self.reports.len());
+        Some(self.reports.swap_remove(any))
+    }
+
+    /// The producer is gone. Of what it had sent, a part in front may still arrive.
+    pub(super) fn lose_producer(&mut self, rng: &mut Rng) {
+        self.reports.clear();
+        self.failed = [false; LOGS];
+        for log in 0..LOGS {
+            let mut queue = std::mem::take(&mut self.on_its_way[log]);
+            queue.truncate(rng.usize(..=queue.len()));
+            let items = queue.into_iter().map(|(_, item)| item);
+            if log == MARKERS || log == CHECKPOINTS {
+                for item in items {
+                    self.append(item);
+                }
+            } else {
+                self.late.push((log, items.collect()));
+            }
+        }
+    }
+
+    /// Puts the dead letters of a key back into the topic, in order, as a redrive does. Those rows.
+    pub(super) fn redrive(&mut self, key: usize) -> Vec<RowId> {
+        let rows: Vec<RowId> = self.dead_letters.iter().copied().filter(|row| row.key == key).collect();
+        self.topic.extend(&rows);
+        rows
+    }
+}
+
+/// The row, if the broker refuses it.
+fn refused(item: &Item) -> Option<OutboxRow> {
+    match item {
+        Item::Record(row) if row.nature == Nature::RefusedLater => Some(*row),
+        _ => None,
+    }
+}
+
+/// The aggregate of a key.
+pub(super) fn aggregate(key: usize) -> Key {
+    assert!(key < KEYS);
+    Key { aggregate_type: "k".into(), aggregate_id: key.to_string() }
+}

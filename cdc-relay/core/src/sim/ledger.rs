@@ -1,0 +1,58 @@
+//! What must hold of what arrived, whatever happened.
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+
+use super::{
+    kafka::Kafka,
+    postgres::{KEYS, OutboxRow, Postgres, RowId, Transaction},
+};
+
+/// Watches the topic.
+#[derive(Debug, Default)]
+pub(super) struct Ledger {
+    /// Rows that were in the topic, or need not be.
+    done: BTreeSet<RowId>,
+    /// Rows that policies have kept out of the topic for good: left out, or dead-lettered without being parked.
+    excused: HashSet<RowId>,
+    /// The first row of each key that is not done.
+    next: BTreeMap<usize, u64>,
+}
+
+impl Ledger {
+    /// The relay decided, by a policy, that the row does not go to the topic.
+    pub(super) fn excuse(&mut self, row: RowId) {
+        self.excused.insert(row);
+        self.done.insert(row);
+    }
+
+    /// A row arrived in the topic: first occurrences of a key come in order, without a gap.
+    pub(super) fn arrived(&mut self, row: RowId) {
+        if self.done.contains(&row) {
+            return;
+        }
+        let next = self.next.entry(row.key).or_insert(1);
+        while self.done.contains(&RowId { key: row.key, n: *next }) {
+            *next += 1;
+        }
+        assert_eq!(row.n, *next, "a row of key {} comes before that one", row.key);
+        self.done.insert(row);
+    }
+
+    /// A status update confirms this much: all that the server would leave out from now on is in Kafka.
+    pub(super) fn confirmed(&self, lsn: u64, postgres: &Postgres, kafka: &Kafka) {
+        let has: HashSet<&RowId> =
+            kafka.topic.iter().chain(&kafka.dead_letters).chain(&self.excused).collect();
+        for transaction in postgres.log.iter().filter(|t| Postgres::is_forgotten(t, lsn)) {
+            for OutboxRow { id, .. } in transaction.rows() {
+                assert!(has.contains(&id), "{id:?} is confirmed at {lsn:X} and not in Kafka");
+            }
+        }
+    }
+
+    /// At the end everything is done.
+    pub(super) fn finish(&self, postgres: &Postgres) {
+        for row in postgres.log.iter().flat_map(Transaction::rows).filter(|row| row.id.key < KEYS) {
+            assert!(self.done.contains(&row.id), "{:?} never arrived", row.id);
+        }
+    }
+}

@@ -1,0 +1,393 @@
+//! Everything that can happen, one thing at a time.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    time::Duration,
+};
+
+use fastrand::Rng;
+
+use super::{
+    kafka::{Item, Kafka, LOGS, Report, aggregate},
+    ledger::Ledger,
+    postgres::{KEYS, Nature, OutboxRow, Postgres, Walsender, row_id},
+};
+use crate::{
+    Lsn, Outgoing, Relay, StatusUpdate,
+    outbox::OutboxTable,
+    poison::{Kind, Poison, Policies, Policy},
+    record::Identity,
+    relay::{Halt, Options, Past},
+    route::TopicTemplate,
+    source,
+};
+
+const LIMIT_BYTES: usize = 4_000;
+/// More than any record here, and a marker with it, costs.
+const RECORD_BYTES: usize = 1_500;
+const STATUS_INTERVAL: Duration = Duration::from_secs(10);
+const DEAD_LETTERS: &str = "dead";
+
+#[derive(Debug)]
+pub(super) struct World {
+    pub(super) rng: Rng,
+    now: Duration,
+    postgres: Postgres,
+    kafka: Kafka,
+    ledger: Ledger,
+    policies: Policies,
+    /// What the process remembers of refusals from session to session.
+    refused: HashMap<Identity, Poison>,
+    // The session.
+    relay: Relay,
+    walsender: Walsender,
+    /// Sent to the server, not there yet.
+    statuses: VecDeque<StatusUpdate>,
+    last_status: Duration,
+    listening: bool,
+    /// The last that was reported in this session.
+    reported: Lsn,
+    /// What the checkpoints cover that Kafka has ever acknowledged.
+    checkpointed: Lsn,
+    checkpoint_in_flight: Option<Lsn>,
+}
+
+fn start(
+    postgres: &Postgres,
+    kafka: &Kafka,
+    policies: Policies,
+    refused: HashMap<Identity, Poison>,
+    now: Duration,
+) -> Relay {
+    let options = Options {
+        source: source::Options {
+            table: OutboxTable::default(),
+            topic: TopicTemplate::parse("${aggregatetype}").expect("a template"),
+        },
+        policies,
+        dead_letter_topic: DEAD_LETTERS.into(),
+        in_flight_limit_bytes: LIMIT_BYTES,
+        status_interval: STATUS_INTERVAL,
+        silence_limit: Duration::from_mins(1),
+    };
+    let past = Past {
+        confirmed: Lsn(postgres.confirmed),
+        checkpoint: Lsn(kafka.checkpoint),
+        refused,
+        parked: kafka.parked.clone(),
+    };
+    Relay::new(options, past, now)
+}
+
+impl World {
+    pub(super) fn new(seed: u64) -> Self {
+        let mut rng = Rng::with_seed(seed);
+        let (postgres, now) = (Postgres::new(&mut rng), Duration::ZERO);
+        let kafka = Kafka::new(postgres.confirmed);
+        let all = [Policy::Halt, Policy::DeadLetter, Policy::ParkKey, Policy::ParkKey, Policy::Skip];
+        let mut policies = Policies::default();
+        for kind in Kind::CONFIGURABLE {
+            policies = policies.with(kind, all[rng.usize(..all.len())]);
+        }
+        Self {
+            relay: start(&postgres, &kafka, policies, HashMap::new(), now),
+            walsender: Walsender::new(&postgres),
+            reported: Lsn(postgres.confirmed),
+            checkpointed: Lsn(kafka.checkpoint),
+            checkpoint_in_flight: None,
+            rng,
+            now,
+            postgres,
+            kafka,
+            ledger: Ledger::default(),
+            policies,
+            refused: HashMap::new(),
+            statuses: VecDeque::new(),
+            last_status: now,
+            listening: false,
+        }
+    }
+
+    pub(super) fn step(&mut self) {
+        self.now += Duration::from_millis(self.rng.u64(..40));
+        match self.rng.u16(..1000) {
+            0..150 => self.postgres.commit(&mut self.rng),
+            150..170 => self.postgres.write_elsewhere(&mut self.rng),
+            170..480 => self.read(),
+            480..530 => self.keepalive(),
+            530..690 => self.arrive(),
+            690..700 => self.arrive_late(),
+            700..830 => self.hear_kafka(),
+            830..870 => self.write_checkpoint(),
+            870..920 => self.tell_status(),
+            920..950 => self.status_arrives(),
+            950..955 => self.crash(),
+            955..960 => self.lose_session(),
+            960..963 => self.crash_postgres(),
+            963..970 => self.postgres.save_slot(),
+            970..974 => self.toggle_kafka(),
+            974..980 => self.wait_for_deadline(),
+            980..984 => self.redrive(),
+            984..985 => self.shut_down_postgres(),
+            985..990 => self.set_listening(false),
+            _ => self.set_listening(true),
+        }
+        self.check();
+    }
+
+    fn check(&mut self) {
+        let in_flight = self.relay.progress().in_flight_bytes();
+        assert!(in_flight < LIMIT_BYTES + RECORD_BYTES, "{in_flight} bytes are in flight");
+        assert!(in_flight > 0 || self.relay.wants_input(), "it waits for nothing");
+        let confirmed = self.relay.confirmed();
+        assert!(confirmed >= self.reported, "the confirmed LSN goes back");
+        let covered = self.checkpointed.max(self.reported);
+        assert!(confirmed <= covered, "{confirmed} would be confirmed, and checkpoints cover {covered}");
+        assert!(!self.relay.is_silent(self.now) || self.listening, "the watchdog rests while nobody listens");
+    }
+
+    fn set_listening(&mut self, listening: bool) {
+        self.listening = listening;
+        self.relay.set_listening(listening, self.now);
+    }
+
+    fn read(&mut self) {
+        if !self.listening || !self.relay.wants_input() {
+            return;
+        }
+        let Some(sent) = self.walsender.read(&self.postgres, &mut self.rng) else { return };
+        let told = match self.relay.handle_wal(Lsn(sent.start), &sent.bytes, self.now) {
+            Ok(None) => None,
+            Ok(Some(Outgoing { ticket, record, is_dead_letter })) => {
+                assert_eq!(is_dead_letter, record.topic == DEAD_LETTERS);
+                Some((ticket, row_id(record.row_id), record.identity, is_dead_letter))
+            }
+            Err(halt) => return self.halt(&halt),
+        };
+        self.excuse_diverted();
+        let Some((ticket, id, identity, is_dead_letter)) = told else { return };
+        let row = self.postgres.row(id);
+        assert_eq!(identity, row.identity, "{id:?} is told by another identity");
+        if row.nature == Nature::TooLarge && !is_dead_letter {
+            let poison = Poison::TooLarge { topic: "k".into(), bytes: None, limit_bytes: None };
+            match self.relay.refuse(ticket, &sent.bytes, poison) {
+                Ok(Some(out)) => {
+                    assert!(out.is_dead_letter && out.ticket == ticket);
+                    self.kafka.send(Report::Settled(ticket), Item::DeadLetter(row));
+                }
+                Ok(None) => {}
+                Err(halt) => return self.halt(&halt),
+            }
+            self.excuse_diverted();
+        } else {
+            let item = if is_dead_letter { Item::DeadLetter(row) } else { Item::Record(row) };
+            self.kafka.send(Report::Settled(ticket), item);
+        }
+        self.send_markers();
+    }
+
+    /// Rows that policies keep out of the topic.
+    fn excuse_diverted(&mut self) {
+        for diversion in self.relay.take_diversions() {
+            let id = diversion.what.split(' ').nth(2).expect("outbox row ID");
+            if diversion.policy != Policy::ParkKey {
+                self.ledger.excuse(row_id(id));
+            }
+        }
+    }
+
+    fn send_markers(&mut self) {
+        for marker in self.relay.take_markers() {
+            self.kafka.send(Report::Settled(marker.ticket), Item::Marker(marker.key, marker.parked));
+        }
+    }
+
+    /// The relay stops, and will again, until a person decides otherwise.
+    fn halt(&mut self, halt: &Halt) {
+        let Halt::Poison { poison, .. } = halt else { panic!("{halt}") };
+        assert_eq!(self.policies.of(poison.kind()), Policy::Halt);
+        if self.rng.bool() {
+            let others = [Policy::DeadLetter, Policy::ParkKey, Policy::Skip];
+            self.policies = self.policies.with(poison.kind(), others[self.rng.usize(..3)]);
+        }
+        self.crash();
+    }
+
+    fn keepalive(&mut self) {
+        if !self.listening {
+            return;
+        }
+        let end = self.walsender.keepalive(&self.postgres, &mut self.rng);
+        let asks = self.rng.bool();
+        self.relay.handle_keepalive(Lsn(end), asks, self.now);
+        assert!(!asks || self.relay.next_deadline() <= self.now, "an answer is due at once");
+    }
+
+    fn arrive(&mut self) {
+        let log = self.rng.usize(..LOGS);
+        if let Some(row) = self.kafka.arrive(log) {
+            self.ledger.arrived(row);
+        }
+    }
+
+    fn arrive_late(&mut self) {
+        if let Some(row) = self.kafka.arrive_late(&mut self.rng) {
+            self.ledger.arrived(row);
+        }
+    }
+
+    fn hear_kafka(&mut self) {
+        match self.kafka.report(&mut self.rng) {
+            None => {}
+            Some(Report::Settled(ticket)) => self.relay.handle_settled(ticket).expect("it is in flight"),
+            Some(Report::Checkpointed) => {
+                self.relay.handle_checkpointed();
+                let lsn = self.checkpoint_in_flight.take().expect("one was in flight");
+                self.checkpointed = self.checkpointed.max(lsn);
+            }
+            Some(Report::Refused(OutboxRow { identity, .. })) => {
+                self.refused.insert(identity, Poison::Refused { topic: "k".into(), why: "old".into() });
+                self.lose_session();
+            }
+        }
+    }
+
+    fn write_checkpoint(&mut self) {
+        if let Some(lsn) = self.relay.take_checkpoint(self.now) {
+            // What a checkpoint says is true when it is written: a new session relies on it.
+            self.ledger.confirmed(lsn.0, &self.postgres, &self.kafka);
+            assert_eq!(self.checkpoint_in_flight.replace(lsn), None, "one at a time");
+            self.kafka.send(Report::Checkpointed, Item::Checkpoint(lsn.0));
+        }
+    }
+
+    fn tell_status(&mut self) {
+        let Some(status) = self.relay.take_status(self.now) else { return };
+        assert!(status.confirmed >= self.reported && status.received >= status.confirmed);
+        assert!(status.received.0 <= self.postgres.lsn, "more is received than was written");
+        self.ledger.confirmed(status.confirmed.0, &self.postgres, &self.kafka);
+        self.reported = status.confirmed;
+        self.last_status = self.now;
+        self.statuses.push_back(status);
+    }
+
+    fn status_arrives(&mut self) {
+        if let Some(status) = self.statuses.pop_front() {
+            // As the server does: it never goes back by itself.
+            self.postgres.confirmed = self.postgres.confirmed.max(status.confirmed.0);
+        }
+    }
+
+    /// Nothing happens but time: the next status update is in time, also with Kafka away and input paused.
+    fn wait_for_deadline(&mut self) {
+        let deadline = self.relay.next_deadline();
+        assert!(deadline <= self.last_status.max(self.now) + STATUS_INTERVAL, "status updates come too late");
+        self.now = self.now.max(deadline);
+        if self.relay.is_silent(self.now) {
+            return self.lose_session();
+        }
+        self.write_checkpoint();
+        self.tell_status();
+        assert!(self.now < self.last_status + STATUS_INTERVAL, "a status update is missing");
+    }
+
+    fn toggle_kafka(&mut self) {
+        self.kafka.is_away = !self.kafka.is_away;
+        // It comes back without what was sent to it.
+        if !self.kafka.is_away && self.rng.bool() {
+            self.lose_session();
+        }
+    }
+
+    /// The process dies: it remembers nothing.
+    fn crash(&mut self) {
+        self.refused.clear();
+        self.lose_session();
+    }
+
+    fn crash_postgres(&mut self) {
+        self.postgres.crash();
+        self.lose_session();
+    }
+
+    /// The connection is cut, or a delivery fails: a new session with a new producer. What the relay told the server
+    /// arrives in part.
+    fn lose_session(&mut self) {
+        for _ in 0..self.rng.usize(..=self.statuses.len()) {
+            self.status_arrives();
+        }
+        self.statuses.clear();
+        self.kafka.lose_producer(&mut self.rng);
+        self.relay = start(&self.postgres, &self.kafka, self.policies, self.refused.clone(), self.now);
+        self.walsender = Walsender::new(&self.postgres);
+        self.reported = Lsn(self.postgres.confirmed);
+        self.last_status = self.now;
+        self.checkpoint_in_flight = None;
+        self.checkpointed = self.checkpointed.max(Lsn(self.kafka.checkpoint));
+        self.set_listening(true);
+    }
+
+    /// Somebody has a key's dead letters published and frees it, while nothing is in flight.
+    fn redrive(&mut self) {
+        if self.kafka.is_away || !self.relay.progress().is_idle() {
+            return;
+        }
+        let key = self.rng.usize(..KEYS);
+        if !self.relay.parking().is_parked(&aggregate(key)) {
+            return;
+        }
+        for row in self.kafka.redrive(key) {
+            self.ledger.arrived(row);
+        }
+        assert!(self.relay.free(&aggregate(key)));
+        self.send_markers();
+    }
+
+    /// A fast shutdown: the server sends the rest, and waits until all of it is confirmed. Then it starts again.
+    fn shut_down_postgres(&mut self) {
+        self.kafka.is_away = false;
+        self.set_listening(true);
+        for _ in 0..1_000_000 {
+            if self.postgres.confirmed >= self.postgres.lsn {
+                self.postgres.save_slot();
+                return self.lose_session();
+            }
+            self.go_on();
+            self.check();
+        }
+        panic!("stuck: confirmed {:X} of {:X}", self.postgres.confirmed, self.postgres.lsn);
+    }
+
+    /// Nothing fails.
+    fn go_on(&mut self) {
+        self.now += Duration::from_millis(100);
+        self.read();
+        if self.walsender.is_caught_up(&self.postgres) {
+            self.relay.handle_keepalive(Lsn(self.postgres.lsn), true, self.now);
+        }
+        for log in 0..LOGS {
+            if let Some(row) = self.kafka.arrive(log) {
+                self.ledger.arrived(row);
+            }
+        }
+        self.hear_kafka();
+        self.write_checkpoint();
+        self.tell_status();
+        self.status_arrives();
+    }
+
+    /// Nothing fails any more, and what is parked is redriven: everything must arrive and be confirmed.
+    pub(super) fn settle_down(&mut self) {
+        for _ in 0..3 {
+            self.shut_down_postgres();
+            for key in 0..KEYS {
+                for row in self.kafka.redrive(key) {
+                    self.ledger.arrived(row);
+                }
+                self.relay.free(&aggregate(key));
+                self.send_markers();
+            }
+        }
+        self.ledger.finish(&self.postgres);
+    }
+}
