@@ -1,16 +1,18 @@
 //! The relay's configuration: parsed, checked and turned into what the parts need before anything starts.
 
+mod outbox;
+
 use std::{collections::BTreeMap, time::Duration};
 
 use relay_core::{
-    outbox::{FIELDS, OutboxTable},
     poison::{self, Policies, Policy},
-    route::{TopicTemplate, is_legal_topic},
+    route::is_legal_topic,
     source,
 };
 use serde::Deserialize;
 use service::{Failure, Secret, config::HttpConfig, logs::LogConfig};
 
+use self::outbox::{CloudEventsConfig, MessagesConfig, OutboxConfig, RouteConfig};
 use crate::replication::conninfo::ConnInfo;
 
 /// `config example` prints this; a test holds it equal to the defaults.
@@ -23,7 +25,11 @@ pub(crate) const ENV_PREFIX: &str = "CDC_RELAY";
 pub(crate) struct Config {
     pub(crate) postgres: PostgresConfig,
     pub(crate) outbox: OutboxConfig,
+    /// Further tables.
+    pub(crate) outboxes: Vec<OutboxConfig>,
+    pub(crate) messages: MessagesConfig,
     pub(crate) route: RouteConfig,
+    pub(crate) cloudevents: CloudEventsConfig,
     pub(crate) kafka: KafkaConfig,
     pub(crate) poison: PoisonConfig,
     pub(crate) limits: LimitsConfig,
@@ -42,27 +48,6 @@ pub(crate) struct PostgresConfig {
     pub(crate) connect_timeout_seconds: u64,
     pub(crate) silence_timeout_seconds: u64,
     pub(crate) give_up_seconds: u64,
-}
-
-#[derive(Debug, Clone, Deserialize, PartialEq)]
-#[serde(deny_unknown_fields, default)]
-pub(crate) struct OutboxConfig {
-    pub(crate) table: String,
-    pub(crate) id: String,
-    pub(crate) aggregate_type: String,
-    pub(crate) aggregate_id: String,
-    pub(crate) event_type: String,
-    pub(crate) payload: String,
-    pub(crate) headers: String,
-    pub(crate) traceparent: String,
-    pub(crate) partition: String,
-    pub(crate) topic: String,
-}
-
-#[derive(Debug, Clone, Deserialize, PartialEq)]
-#[serde(deny_unknown_fields, default)]
-pub(crate) struct RouteConfig {
-    pub(crate) topic: String,
 }
 
 #[derive(Debug, Clone, Deserialize, PartialEq)]
@@ -111,7 +96,10 @@ impl Default for Config {
         Self {
             postgres: PostgresConfig::default(),
             outbox: OutboxConfig::default(),
+            outboxes: Vec::new(),
+            messages: MessagesConfig::default(),
             route: RouteConfig::default(),
+            cloudevents: CloudEventsConfig::default(),
             kafka: KafkaConfig::default(),
             poison: PoisonConfig::default(),
             limits: LimitsConfig::default(),
@@ -133,33 +121,6 @@ impl Default for PostgresConfig {
             silence_timeout_seconds: 60,
             give_up_seconds: 0,
         }
-    }
-}
-
-impl Default for OutboxConfig {
-    fn default() -> Self {
-        let table = OutboxTable::default();
-        let [id, aggregate_type, aggregate_id, event_type, payload, headers, traceparent, partition, topic] =
-            table.columns;
-        let table = format!("{}.{}", table.schema, table.name);
-        Self {
-            table,
-            id,
-            aggregate_type,
-            aggregate_id,
-            event_type,
-            payload,
-            headers,
-            traceparent,
-            partition,
-            topic,
-        }
-    }
-}
-
-impl Default for RouteConfig {
-    fn default() -> Self {
-        Self { topic: "outbox.event.${aggregatetype}".into() }
     }
 }
 
@@ -259,7 +220,9 @@ impl Config {
         if !(1..=NAME_MAX_BYTES).contains(&publication.len()) || publication.contains('\0') {
             return Err(bad("postgres.publication", format!("must have 1 to {NAME_MAX_BYTES} bytes")));
         }
-        let topic = TopicTemplate::parse(&self.route.topic).map_err(|e| bad("route.topic", e.to_string()))?;
+        let tables = std::iter::once(self.outbox).chain(self.outboxes).collect();
+        let source = outbox::source_options(tables, self.messages, self.route, self.cloudevents);
+        let source = source.map_err(|(key, why)| bad(&key, why))?;
         let seconds = |key: &str, value: u64, least: u64| {
             let range = least..=86_400;
             range
@@ -297,10 +260,7 @@ impl Config {
                 1,
             )?,
             give_up_after: (!give_up.is_zero()).then_some(give_up),
-            source: source::Options {
-                table: self.outbox.check().map_err(|(key, why)| bad(key, why))?,
-                topic,
-            },
+            source,
             policies: self.poison.policies(),
             dead_letter_topic: self.poison.dead_letter_topic,
             parked_keys_topic: self.poison.parked_keys_topic,
@@ -322,32 +282,6 @@ fn check_slot_name(name: &str) -> Result<(), String> {
         return Ok(());
     }
     Err(format!("{name:?} must be 1 to {NAME_MAX_BYTES} of [a-z0-9_], as Postgres demands of a slot's name"))
-}
-
-impl OutboxConfig {
-    fn check(self) -> Result<OutboxTable, (&'static str, String)> {
-        let (schema, name) = self.table.split_once('.').unwrap_or(("public", &self.table));
-        if schema.is_empty() || name.is_empty() || name.contains('.') {
-            return Err(("outbox.table", format!("{:?} must be TABLE or SCHEMA.TABLE", self.table)));
-        }
-        let columns: [String; FIELDS] = [
-            self.id,
-            self.aggregate_type,
-            self.aggregate_id,
-            self.event_type,
-            self.payload,
-            self.headers,
-            self.traceparent,
-            self.partition,
-            self.topic,
-        ];
-        for (i, column) in columns.iter().enumerate() {
-            if columns[..i].contains(column) {
-                return Err(("outbox", format!("names the column {column:?} twice")));
-            }
-        }
-        Ok(OutboxTable { schema: schema.into(), name: name.into(), columns })
-    }
 }
 
 /// Settings of librdkafka that would break a promise, and which.
@@ -404,9 +338,6 @@ mod tests {
         };
         assert!(check(|c| c.postgres.slot = "Bad-Slot".into()).contains("postgres.slot"));
         assert!(check(|c| c.postgres.url = Secret::new("nonsense")).contains("postgres.url"));
-        assert!(check(|c| c.route.topic = "${oops}".into()).contains("route.topic"));
-        assert!(check(|c| c.outbox.table = "a.b.c".into()).contains("outbox.table"));
-        assert!(check(|c| c.outbox.topic = "id".into()).contains("twice"));
         assert!(check(|c| c.limits.in_flight_bytes = 1).contains("limits.in_flight_bytes"));
         assert!(check(|c| drop(c.kafka.properties.insert("acks".into(), Secret::new("1")))).contains("acks"));
     }

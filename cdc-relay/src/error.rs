@@ -146,6 +146,14 @@ fn remedy(poison: &Poison) -> String {
             "look at [outbox] in the configuration and at the row".into()
         }
         Poison::BadHeaders(_) => "look at outbox.headers in the configuration and at the row".into(),
+        Poison::BadMessage(_) => {
+            "look at what calls pg_logical_emit_message with our prefix ([messages] in the configuration): its first argument has \
+             to be true, its content a JSON object"
+                .into()
+        }
+        Poison::UnlistedTopic(topic) => {
+            format!("add {topic:?} to messages.topics, if messages may go there, or mend what emits them")
+        }
         Poison::IllegalTopic(_) => "look at [route] in the configuration and at the row".into(),
         Poison::UnknownTopic { topic, .. } => format!(
             "create it (kafka-topics.sh --create --topic {topic} --partitions N --replication-factor N) or mend [route]"
@@ -158,7 +166,7 @@ fn remedy(poison: &Poison) -> String {
              kafka.properties.\"message.max.bytes\" if you have set it"
         ),
         Poison::Refused { .. } => {
-            "the timestamp is the commit time: look at message.timestamp.before.max.ms and message.timestamp.after.max.ms of \
+            "the timestamp is the commit time, or outbox.timestamp's: look at message.timestamp.before.max.ms and message.timestamp.after.max.ms of \
              the topic, and at the broker's log"
                 .into()
         }
@@ -166,15 +174,28 @@ fn remedy(poison: &Poison) -> String {
     }
 }
 
+/// How to go on after an update of an outbox row.
+const UPDATED_HINT: &str = "updates of an outbox are never published. Find out who updates it; to go on without the update, \
+     set updates = \"ignore\" in the outbox's configuration, or leave its transaction out for good, while no relay runs: \
+     cdc-relay accept-gap --through COMMIT_LSN";
+
+/// How to go on after a row that came under the name of a partition.
+const UNDER_PARTITION_HINT: &str = "the publication did not publish via the partition root when the row was written. ALTER \
+     PUBLICATION … SET (publish_via_partition_root = true) mends it for later rows; for this one, and those around it, make \
+     the partition an outbox of its own until they are through: [[outboxes]] table = \"…\" with the root's keys. A table \
+     that inherits from the outbox without being its partition always needs that";
+
 impl From<relay_core::relay::Halt> for Error {
     fn from(halt: relay_core::relay::Halt) -> Self {
-        use relay_core::relay::Halt;
+        use relay_core::{relay::Halt, source::StreamError};
         let error = Self::new(Kind::Halted, halt.to_string());
         match halt {
             Halt::Poison { poison, .. } => error.hint(format!("{}; {POISON_HINT}", remedy(&poison))),
             Halt::TooManyParked { .. } => error.hint(
                 "see `cdc-relay dlq list`; `cdc-relay dlq redrive` frees an aggregate once its cause is mended",
             ),
+            Halt::Stream(StreamError::Updated { .. }) => error.hint(UPDATED_HINT),
+            Halt::Stream(StreamError::UnderPartition { .. }) => error.hint(UNDER_PARTITION_HINT),
             Halt::Stream(_) => error.hint(
                 "this is a bug, or the server is not PostgreSQL 15 to 18: please report it with this message",
             ),

@@ -10,6 +10,7 @@ mod ledger;
 mod monitor;
 mod pipeline;
 mod position;
+mod publication;
 mod replication;
 mod sessions;
 mod setup;

@@ -5,7 +5,7 @@
 //! session had not confirmed is read again by the next.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::atomic::Ordering,
     time::{Duration, Instant},
 };
@@ -16,6 +16,7 @@ use relay_core::{
     progress::Ticket,
     record::Identity,
     relay::{Options, Past},
+    source,
 };
 
 use crate::{
@@ -25,6 +26,7 @@ use crate::{
     kafka::{Batch, Offer, Producer},
     ledger::{Owner, Reader, Writer},
     position::{self, System},
+    publication,
     replication::{
         connection::Connection,
         handshake::Purpose,
@@ -48,6 +50,9 @@ const SHUTDOWN_GRACE: Duration = Duration::from_secs(5);
 const WELL_AFTER: Duration = Duration::from_secs(10);
 /// The longest time between two status updates, whatever the server would allow.
 const STATUS_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Schema and name of each partition of an outbox.
+type Partitions = HashSet<(String, String)>;
 
 /// One session, from its first connection to its end.
 struct Session<'a> {
@@ -147,13 +152,13 @@ pub(crate) fn session(shared: &Shared, wakeups: &Wakeups, memory: &Memory) -> En
 
 fn begin<'a>(shared: &'a Shared, wakeups: &'a Wakeups, memory: &Memory) -> Result<Session<'a>, Error> {
     let settings = &*shared.settings;
-    let (stream, system, position) = take_slot(settings)?;
+    let (stream, system, position, partitions) = take_slot(settings)?;
     let owner = Owner { system: system.identifier.clone(), slot: settings.slot.clone() };
     let reader = Reader::start(shared, owner.clone())?;
     let producer =
         Producer::new(&settings.kafka, memory.batch, shared.waker.clone(), shared.metrics.clone())?;
     let options = Options {
-        source: settings.source.clone(),
+        source: source::Options { partitions, ..settings.source.clone() },
         policies: settings.policies,
         dead_letter_topic: settings.dead_letter_topic.clone(),
         in_flight_limit_bytes: settings.in_flight_limit_bytes,
@@ -191,16 +196,21 @@ fn begin<'a>(shared: &'a Shared, wakeups: &'a Wakeups, memory: &Memory) -> Resul
 }
 
 /// Takes the slot, then looks at where it stands: before, another process could still move it.
-fn take_slot(settings: &Settings) -> Result<(ReplicationStream, System, Position), Error> {
+fn take_slot(settings: &Settings) -> Result<(ReplicationStream, System, Position, Partitions), Error> {
     let mut connection = Connection::connect(&settings.postgres, Purpose::Sql, settings.connect_timeout)?;
     let stream = ReplicationStream::start(
         &settings.postgres,
         &settings.slot,
         &settings.publication,
+        settings.source.messages.is_some(),
         settings.connect_timeout,
     );
     match stream {
-        Ok((stream, system)) => Ok((stream, system, slot::verify(&mut connection, settings)?)),
+        Ok((stream, system)) => {
+            let position = slot::verify(&mut connection, settings)?;
+            let partitions = publication::partitions(&mut connection, settings)?;
+            Ok((stream, system, position, partitions))
+        }
         // What the server refuses in few words, a look at the slot explains; and one that is in use may be
         // another database's, which would never become ours.
         Err(e) if e.kind != Kind::PostgresAway => slot::verify(&mut connection, settings).and(Err(e)),

@@ -12,6 +12,7 @@ use crate::{
     kafka::{Batch, NewTopic, Producer, create_topics},
     ledger::{Checkpoint, Entry, Ledger, Owner, Writer},
     position::{self, System},
+    publication,
     replication::{connection::Connection, handshake::Purpose, stream::identify},
     slot::{self, Made, Slot},
     wait,
@@ -67,7 +68,7 @@ impl<'a> Desk<'a> {
     /// Halted when a checkpoint says that there was a slot, and there is none any more.
     pub(crate) fn init(mut self) -> Result<Report, Error> {
         let settings = self.settings;
-        let publication = slot::make_publication(&mut self.connection, settings)?;
+        let publication = publication::make(&mut self.connection, settings)?;
         let (slot, confirmed) = if let Some(confirmed) = slot::find_slot(&mut self.connection, settings)? {
             (Made::Existed, confirmed)
         } else {
@@ -105,7 +106,7 @@ impl<'a> Desk<'a> {
 
     /// Makes a slot where there is none, or none that can be used any more; its confirmed LSN.
     pub(crate) fn make_slot_again(&mut self, drop_first: bool) -> Result<Lsn, Error> {
-        slot::make_publication(&mut self.connection, self.settings)?;
+        publication::make(&mut self.connection, self.settings)?;
         if drop_first {
             self.connection.query("SELECT pg_drop_replication_slot($1)", &[&self.settings.slot])?;
         }

@@ -1,10 +1,11 @@
-//! The slot and the publication in Postgres: made once, verified before every session.
+//! The slot in Postgres: made once, verified before every session.
 
 use relay_core::Lsn;
 
 use crate::{
     config::Settings,
     error::{Error, Kind},
+    publication,
     replication::connection::Connection,
 };
 
@@ -29,7 +30,7 @@ pub(crate) enum Made {
 /// # Errors
 /// Halted with the remedy, where they are not.
 pub(crate) fn verify(connection: &mut Connection, settings: &Settings) -> Result<Position, Error> {
-    verify_publication(connection, settings)?;
+    publication::verify(connection, settings)?;
     let Some(confirmed) = find_slot(connection, settings)? else {
         return Err(Error::new(Kind::Halted, format!("replication slot {:?} does not exist", settings.slot))
             .hint("`cdc-relay init` creates it where it never was. Where it was, take what is missing from the outbox table; then `cdc-relay \
@@ -39,44 +40,6 @@ pub(crate) fn verify(connection: &mut Connection, settings: &Settings) -> Result
         connection.simple_query("SELECT setting FROM pg_settings WHERE name = 'wal_sender_timeout'")?;
     let timeout = rows.first().and_then(|r| r.first()?.as_deref()?.parse().ok());
     Ok(Position { confirmed, wal_sender_timeout_ms: timeout.unwrap_or(0) })
-}
-
-/// The publication must publish the table's inserts: with another, everything would be confirmed and nothing
-/// published.
-fn verify_publication(connection: &mut Connection, settings: &Settings) -> Result<(), Error> {
-    let (name, table) = (&settings.publication, &settings.source.table);
-    let halted = |what: String, hint: String| Err(Error::new(Kind::Halted, what).hint(hint));
-    let Some(inserts) = publishes_inserts(connection, name)? else {
-        return halted(
-            format!("publication {name:?} does not exist"),
-            "`cdc-relay init` creates it. Had it existed before, events written while it was gone are not in the stream".into(),
-        );
-    };
-    if !inserts {
-        let hint = format!("let its owner run: ALTER PUBLICATION \"{name}\" SET (publish = 'insert')");
-        return halted(format!("publication {name:?} does not publish inserts"), hint);
-    }
-    let sql = "SELECT 1 FROM pg_publication_tables WHERE pubname = $1 AND schemaname = $2 AND tablename = $3";
-    if connection.query(sql, &[name, &table.schema, &table.name])?.is_empty() {
-        let (schema, table) = (&table.schema, &table.name);
-        let exists = connection
-            .query("SELECT 1 FROM pg_tables WHERE schemaname = $1 AND tablename = $2", &[schema, table])?;
-        if exists.is_empty() {
-            let what = format!("there is no table {schema}.{table} in this database");
-            return halted(what, "mend outbox.table, or the database in postgres.url".into());
-        }
-        let hint = format!(
-            "let the publication's owner run: ALTER PUBLICATION \"{name}\" ADD TABLE \"{schema}\".\"{table}\""
-        );
-        return halted(format!("publication {name:?} does not have the table {schema}.{table}"), hint);
-    }
-    Ok(())
-}
-
-/// Whether the publication publishes inserts; None where there is no such publication.
-fn publishes_inserts(connection: &mut Connection, name: &str) -> Result<Option<bool>, Error> {
-    let rows = connection.query("SELECT pubinsert::text FROM pg_publication WHERE pubname = $1", &[name])?;
-    Ok(rows.first().map(|row| row.first().is_some_and(|v| v.as_deref() == Some("true"))))
 }
 
 /// A slot as `pg_replication_slots` has it
@@ -158,18 +121,6 @@ pub(crate) fn find_slot(connection: &mut Connection, settings: &Settings) -> Res
     slot.confirmed.ok_or_else(in_the_making).map(Some)
 }
 
-/// Makes the publication where it is missing, and checks it.
-pub(crate) fn make_publication(connection: &mut Connection, settings: &Settings) -> Result<Made, Error> {
-    let made = if publishes_inserts(connection, &settings.publication)?.is_some() {
-        Made::Existed
-    } else {
-        create_publication(connection, settings)?;
-        Made::Created
-    };
-    verify_publication(connection, settings)?;
-    Ok(made)
-}
-
 /// Makes the slot; its confirmed LSN. The server waits for every transaction that is open, for as long as they take.
 pub(crate) fn make_slot(connection: &mut Connection, settings: &Settings) -> Result<Lsn, Error> {
     connection.set_answer_timeout(CREATE_SLOT_TIMEOUT)?;
@@ -180,15 +131,3 @@ pub(crate) fn make_slot(connection: &mut Connection, settings: &Settings) -> Res
 }
 
 const CREATE_SLOT_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(600);
-
-fn create_publication(connection: &mut Connection, settings: &Settings) -> Result<(), Error> {
-    // Names cannot be parameters of a statement; format's %I quotes them, on the server, from parameters.
-    let sql = "SELECT format('CREATE PUBLICATION %I FOR TABLE %I.%I WITH (publish = ''insert'')', $1::text, $2::text, $3::text)";
-    let rows = connection
-        .query(sql, &[&settings.publication, &settings.source.table.schema, &settings.source.table.name])?;
-    let statement = rows.into_iter().flatten().flatten().next().unwrap_or_default();
-    connection.simple_query(&statement).map(drop).map_err(|e| {
-        let hint = format!("let the table's owner run: {statement};");
-        Error { kind: if e.kind == Kind::PostgresAway { e.kind } else { Kind::Refused }, ..e }.hint(hint)
-    })
-}

@@ -3,7 +3,9 @@
 //! test feeds bytes and asserts what comes out.
 
 mod disposal;
+mod headers;
 pub mod lsn;
+mod message;
 pub mod outbox;
 pub mod parking;
 pub mod pgoutput;
@@ -12,7 +14,9 @@ pub mod progress;
 pub mod record;
 pub mod relay;
 pub mod route;
+mod shape;
 pub mod source;
+mod timestamp;
 
 pub use lsn::Lsn;
 pub use record::Outgoing;

@@ -1,25 +1,16 @@
-//! An inserted row of the outbox table becomes an [`OutboxRow`], or a typed [`Poison`].
+//! What an outbox table is: where it is, what its columns are called, and what its rows become.
 
-use std::str;
+use std::fmt;
 
-use crate::{
-    pgoutput::{Relation, Row, Value},
-    poison::Poison,
-};
+use crate::route::{Route, TopicTemplate};
 
-/// Postgres' type oid of `bytea`, whose text output is hexadecimal (`bytea_output = hex`, which the session asks
-/// for) and has to be undone.
-const BYTEA_OID: u32 = 17;
+/// The most columns of one table that can be used beside the [`Field`]s: in topic templates and as headers.
+pub const EXTRAS_LIMIT: usize = 16;
+/// Values that are taken from a row: one for each [`Field`], then one for each further column that is used.
+pub(crate) const SLOTS: usize = FIELDS + EXTRAS_LIMIT;
 
-/// Which table is the outbox and what its columns are called. The defaults are Debezium's
-/// (<https://debezium.io/documentation/reference/stable/transformations/outbox-event-router.html>).
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct OutboxTable {
-    pub schema: String,
-    pub name: String,
-    /// In the order of [`Field`].
-    pub columns: [String; FIELDS],
-}
+/// A row's values that are used; None is NULL.
+pub(crate) type Slots<'a> = [Option<&'a [u8]>; SLOTS];
 
 /// What a column is to the relay. The first five must be there; the rest are used where the table has them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,268 +24,308 @@ pub enum Field {
     Traceparent,
     Partition,
     Topic,
+    Timestamp,
 }
 
 /// How many kinds of [`Field`] there are.
-pub const FIELDS: usize = 9;
-const REQUIRED: usize = 5;
+pub const FIELDS: usize = 10;
+/// How many of them, from the first, must be there.
+pub(crate) const REQUIRED: usize = 5;
 
-impl Field {
-    const ALL: [Self; FIELDS] = [
-        Self::Id,
-        Self::AggregateType,
-        Self::AggregateId,
-        Self::EventType,
-        Self::Payload,
-        Self::Headers,
-        Self::Traceparent,
-        Self::Partition,
-        Self::Topic,
-    ];
+/// What the fields are called in a message of the table-less outbox.
+pub(crate) const MESSAGE_FIELDS: [&str; FIELDS] = [
+    "id",
+    "aggregatetype",
+    "aggregateid",
+    "type",
+    "payload",
+    "headers",
+    "traceparent",
+    "partition",
+    "topic",
+    "timestamp",
+];
+
+/// Headers that are the relay's. A row's own header of such a name is left out, and no column can be one.
+const RESERVED_HEADERS: [&str; 5] = ["id", "type", "aggregatetype", "lsn", "seq"];
+
+/// What an update of a row in the outbox means. It is never published.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Updates {
+    /// Nothing.
+    #[default]
+    Ignore,
+    /// A mistake that a person has to look at.
+    Halt,
+}
+
+/// An outbox table as it is configured. The defaults are Debezium's
+/// (<https://debezium.io/documentation/reference/stable/transformations/outbox-event-router.html>).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OutboxTable {
+    pub schema: String,
+    pub name: String,
+    /// The columns' names in the order of [`Field`]; an optional one may be empty: it is not used then.
+    pub columns: [String; FIELDS],
+    /// Further columns that become headers: the column's name, and the header's.
+    pub header_columns: Vec<(String, String)>,
+    pub topic: TopicTemplate,
+    pub updates: Updates,
 }
 
 impl Default for OutboxTable {
     fn default() -> Self {
-        let names = [
-            "id",
-            "aggregatetype",
-            "aggregateid",
-            "type",
-            "payload",
-            "headers",
-            "traceparent",
-            "partition",
-            "topic",
-        ];
-        Self { schema: "public".into(), name: "outbox".into(), columns: names.map(Into::into) }
-    }
-}
-
-impl OutboxTable {
-    /// Whether the relation is this table.
-    pub fn is(&self, relation: Relation<'_>) -> bool {
-        relation.schema == self.schema && relation.name == self.name
-    }
-
-    /// Finds the columns in the relation as it is now.
-    pub fn shape(&self, relation: Relation<'_>) -> Shape {
-        let mut shape = Shape { roles: Vec::new(), payload_is_bytea: false, missing: None };
-        for column in relation.columns() {
-            let role = Field::ALL.into_iter().find(|f| self.columns[*f as usize] == column.name);
-            shape.payload_is_bytea |= role == Some(Field::Payload) && column.type_oid == BYTEA_OID;
-            shape.roles.push(role);
+        let mut columns = MESSAGE_FIELDS.map(String::from);
+        // The time of the commit, unless a column is named.
+        columns[Field::Timestamp as usize].clear();
+        Self {
+            schema: "public".into(),
+            name: "outbox".into(),
+            columns,
+            header_columns: Vec::new(),
+            topic: TopicTemplate::default(),
+            updates: Updates::Ignore,
         }
-        let missing = Field::ALL[..REQUIRED].iter().find(|f| !shape.roles.contains(&Some(**f)));
-        shape.missing = missing.map(|f| self.columns[*f as usize].clone());
-        shape
     }
 }
 
-/// Where the outbox's columns are in its rows, until the next relation message says otherwise.
+/// The table's configuration cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Shape {
-    roles: Vec<Option<Field>>,
-    payload_is_bytea: bool,
-    /// A required column that the table does not have.
-    missing: Option<String>,
+pub enum OutboxError {
+    /// A required column has no name.
+    Unnamed(Field),
+    /// Two fields have the same column.
+    SharedColumn(String),
+    /// A column would be a header of a name that is taken.
+    TakenHeader(String),
+    /// More than [`EXTRAS_LIMIT`] columns beside the fields.
+    TooManyColumns,
 }
 
-/// A row of the outbox, borrowed from the stream.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct OutboxRow<'a> {
-    pub id: &'a str,
-    pub aggregate_type: &'a str,
-    pub aggregate_id: &'a str,
-    pub event_type: &'a str,
-    /// None is SQL NULL: a tombstone.
-    pub payload: Option<&'a [u8]>,
-    /// A JSON object.
-    pub headers: Option<&'a str>,
-    pub traceparent: Option<&'a str>,
-    pub partition: Option<i32>,
-    pub topic: Option<&'a str>,
-}
-
-impl Shape {
-    /// Reads a row: what can be read of it, and why it cannot be a record where that is so. `payload` is where a
-    /// bytea payload is decoded to; it keeps its capacity from row to row.
-    pub fn read<'a>(&self, row: Row<'a>, payload: &'a mut Vec<u8>) -> (OutboxRow<'a>, Option<Poison>) {
-        let mut poison = self.missing.clone().map(Poison::MissingColumn);
-        if row.len() != self.roles.len() {
-            return (OutboxRow::default(), poison.or(Some(Poison::WrongNumberOfValues)));
+impl fmt::Display for OutboxError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unnamed(field) => {
+                write!(f, "gives no name to the column for {}", MESSAGE_FIELDS[*field as usize])
+            }
+            Self::SharedColumn(column) => write!(f, "names the column {column:?} twice"),
+            Self::TakenHeader(header) => write!(f, "makes a column the header {header:?}, which is taken"),
+            Self::TooManyColumns => {
+                write!(f, "uses more than {EXTRAS_LIMIT} columns in its topic template and as headers")
+            }
         }
-        let mut found = |why: Poison| {
-            poison.get_or_insert(why);
+    }
+}
+
+impl std::error::Error for OutboxError {}
+
+/// An outbox: a table, or the messages of the table-less form. What is used of it has been given its slots.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Outbox {
+    table: OutboxTable,
+    /// The table for an operator, `schema.name`; empty for messages.
+    label: String,
+    /// Columns beside the fields, in the order of their slots.
+    extras: Vec<String>,
+    headers: Vec<(usize, String)>,
+    route: Route,
+}
+
+impl Outbox {
+    /// Checks a table's configuration.
+    ///
+    /// # Errors
+    /// It cannot be used.
+    pub fn new(table: OutboxTable) -> Result<Self, OutboxError> {
+        let label = format!("{}.{}", table.schema, table.name);
+        Self::with_label(table, label)
+    }
+
+    /// The table-less outbox, whose messages go where the template says.
+    ///
+    /// # Errors
+    /// The template uses too many fields.
+    pub fn of_messages(topic: TopicTemplate) -> Result<Self, OutboxError> {
+        let columns = MESSAGE_FIELDS.map(String::from);
+        Self::with_label(OutboxTable { columns, topic, ..OutboxTable::default() }, String::new())
+    }
+
+    fn with_label(table: OutboxTable, label: String) -> Result<Self, OutboxError> {
+        for (i, column) in table.columns.iter().enumerate() {
+            if column.is_empty() && i < REQUIRED {
+                return Err(OutboxError::Unnamed(FIELD_ORDER[i]));
+            }
+            if !column.is_empty() && table.columns[..i].contains(column) {
+                return Err(OutboxError::SharedColumn(column.clone()));
+            }
+        }
+        for (i, (_, header)) in table.header_columns.iter().enumerate() {
+            let taken = RESERVED_HEADERS.contains(&header.as_str())
+                || header == "traceparent"
+                || is_cloud_event_header(header)
+                || table.header_columns[..i].iter().any(|(_, other)| other == header);
+            if header.is_empty() || taken {
+                return Err(OutboxError::TakenHeader(header.clone()));
+            }
+        }
+        let mut extras: Vec<String> = Vec::new();
+        let mut slot_of = |column: &str| {
+            // An unused field has no name, and a place in a template always has one.
+            if let Some(field) = table.columns.iter().position(|c| c == column) {
+                return field;
+            }
+            let known = extras.iter().position(|c| c == column);
+            FIELDS
+                + known.unwrap_or_else(|| {
+                    extras.push(column.to_owned());
+                    extras.len() - 1
+                })
         };
-        let mut values: [Option<&'a [u8]>; FIELDS] = [None; FIELDS];
-        for (role, value) in self.roles.iter().zip(row.values()) {
-            let Some(field) = *role else { continue };
-            values[field as usize] = match value {
-                Value::Null => None,
-                Value::Text(bytes) => Some(bytes),
-                Value::Unchanged => {
-                    found(Poison::BadColumn(field, "was not sent"));
-                    None
-                }
-                Value::Binary(_) => {
-                    found(Poison::BadColumn(field, "came in binary, which was not asked for"));
-                    None
-                }
-            };
+        let route = table
+            .topic
+            .resolve(|place| Field::of_place(place).map_or_else(|| slot_of(place), |f| f as usize));
+        let headers = table.header_columns.iter().map(|(c, header)| (slot_of(c), header.clone())).collect();
+        if extras.len() > EXTRAS_LIMIT {
+            return Err(OutboxError::TooManyColumns);
         }
-        let mut text = |field: Field| match values[field as usize].map(str::from_utf8) {
-            None if (field as usize) < REQUIRED => {
-                found(Poison::NullColumn(field));
-                None
-            }
-            None => None,
-            Some(Ok(text)) => Some(text),
-            Some(Err(_)) => {
-                found(Poison::BadColumn(field, "is not UTF-8"));
-                None
-            }
-        };
-        let mut out = OutboxRow {
-            id: text(Field::Id).unwrap_or_default(),
-            aggregate_type: text(Field::AggregateType).unwrap_or_default(),
-            aggregate_id: text(Field::AggregateId).unwrap_or_default(),
-            event_type: text(Field::EventType).unwrap_or_default(),
-            headers: text(Field::Headers),
-            traceparent: text(Field::Traceparent),
-            partition: None,
-            topic: text(Field::Topic),
-            payload: values[Field::Payload as usize],
-        };
-        match text(Field::Partition).map(str::parse::<i32>) {
-            None => {}
-            Some(Ok(partition)) if partition >= 0 => out.partition = Some(partition),
-            Some(_) => {
-                found(Poison::BadColumn(Field::Partition, "is not a partition (0 to 2147483647)"));
-            }
+        Ok(Self { table, label, extras, headers, route })
+    }
+
+    /// The table's schema and name.
+    pub fn name(&self) -> (&str, &str) {
+        (&self.table.schema, &self.table.name)
+    }
+
+    /// The table for an operator, `schema.name`; empty for messages.
+    pub fn label(&self) -> &str {
+        &self.label
+    }
+
+    /// What an update means.
+    pub fn updates(&self) -> Updates {
+        self.table.updates
+    }
+
+    /// The columns that the table must have.
+    pub fn required_columns(&self) -> impl Iterator<Item = &str> {
+        let fields = self.table.columns[..REQUIRED].iter().chain(&self.extras);
+        fields.map(String::as_str)
+    }
+
+    /// The columns that are used where the table has them.
+    pub fn optional_columns(&self) -> impl Iterator<Item = &str> {
+        self.table.columns[REQUIRED..].iter().map(String::as_str).filter(|c| !c.is_empty())
+    }
+
+    pub(crate) fn route(&self) -> &Route {
+        &self.route
+    }
+
+    /// The columns that become headers: their slots and the headers' names.
+    pub(crate) fn headers(&self) -> &[(usize, String)] {
+        &self.headers
+    }
+
+    /// Whether a row's own header of that name would be one of ours, or a column's.
+    pub(crate) fn reserves_header(&self, name: &str) -> bool {
+        RESERVED_HEADERS.contains(&name) || self.headers.iter().any(|(_, header)| header == name)
+    }
+
+    /// What the value in a slot is called.
+    pub(crate) fn slot_name(&self, slot: usize) -> &str {
+        let extra = || self.extras.get(slot.wrapping_sub(FIELDS));
+        self.table.columns.get(slot).or_else(extra).map(String::as_str).unwrap_or_default()
+    }
+
+    /// The column's slot; None where it is not used.
+    pub(crate) fn slot(&self, column: &str) -> Option<usize> {
+        if column.is_empty() {
+            return None;
         }
-        if let Some(hex) = out.payload.filter(|_| self.payload_is_bytea) {
-            match decode_bytea(hex, payload) {
-                Ok(()) => out.payload = Some(payload),
-                Err(why) => found(why),
-            }
-        }
-        (out, poison)
+        let field = self.table.columns.iter().position(|c| c == column);
+        field.or_else(|| self.extras.iter().position(|c| c == column).map(|i| FIELDS + i))
+    }
+
+    /// Every slot that is used, with its name.
+    pub(crate) fn slots(&self) -> impl Iterator<Item = (usize, &str)> {
+        let all = self.table.columns.iter().chain(&self.extras).map(String::as_str).enumerate();
+        all.filter(|(_, name)| !name.is_empty())
     }
 }
 
-fn decode_bytea(text: &[u8], out: &mut Vec<u8>) -> Result<(), Poison> {
-    let bad = || Poison::BadColumn(Field::Payload, "is not bytea in hexadecimal form");
-    let digits = text.strip_prefix(b"\\x").filter(|d| d.len() % 2 == 0).ok_or_else(bad)?;
-    out.clear();
-    out.reserve(digits.len() / 2);
-    for pair in digits.chunks_exact(2) {
-        let (high, low) = (HEX[usize::from(pair[0])], HEX[usize::from(pair[1])]);
-        if high > 15 || low > 15 {
-            return Err(bad());
+const FIELD_ORDER: [Field; REQUIRED] =
+    [Field::Id, Field::AggregateType, Field::AggregateId, Field::EventType, Field::Payload];
+
+impl Field {
+    /// The field that a place in a topic template means, whatever its column is called. `routedByValue` is
+    /// Debezium's name for what it routes by.
+    fn of_place(place: &str) -> Option<Self> {
+        match place {
+            "id" => Some(Self::Id),
+            "aggregatetype" | "routedByValue" => Some(Self::AggregateType),
+            "aggregateid" => Some(Self::AggregateId),
+            "type" => Some(Self::EventType),
+            _ => None,
         }
-        out.push(high << 4 | low);
     }
-    Ok(())
 }
 
-/// The value of each hexadecimal digit, 255 for what is none.
-const HEX: [u8; 256] = {
-    let mut table = [255; 256];
-    let mut digit = 0_u8;
-    while digit < 10 {
-        table[b'0' as usize + digit as usize] = digit;
-        digit += 1;
-    }
-    let mut letter = 0_u8;
-    while letter < 6 {
-        table[b'a' as usize + letter as usize] = 10 + letter;
-        table[b'A' as usize + letter as usize] = 10 + letter;
-        letter += 1;
-    }
-    table
-};
+/// Whether CloudEvents' Kafka binding has a say in a header of that name.
+pub(crate) fn is_cloud_event_header(name: &str) -> bool {
+    name == "content-type" || name.starts_with("ce_")
+}
 
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
-
     use super::*;
-    use crate::pgoutput::{Message, decode, tests::encode};
 
-    const DEBEZIUM: [(&str, u32); 5] =
-        [("id", 2950), ("aggregatetype", 1043), ("aggregateid", 1043), ("type", 1043), ("payload", 3802)];
+    fn table(change: impl FnOnce(&mut OutboxTable)) -> Result<Outbox, OutboxError> {
+        let mut table = OutboxTable::default();
+        change(&mut table);
+        Outbox::new(table)
+    }
 
-    fn read(
-        columns: &[(&str, u32)],
-        values: &[Option<&[u8]>],
-        check: impl FnOnce(Result<OutboxRow<'_>, Poison>),
-    ) {
-        let (relation, insert) =
-            (encode::relation(1, "public", "outbox", columns), encode::insert(1, values));
-        let Ok(Message::Relation(relation)) = decode(&relation) else { panic!("not a relation") };
-        let Ok(Message::Insert { row, .. }) = decode(&insert) else { panic!("not an insert") };
-        let table = OutboxTable::default();
-        assert!(table.is(relation));
-        let mut scratch = Vec::new();
-        let (row, poison) = table.shape(relation).read(row, &mut scratch);
-        check(poison.map_or(Ok(row), Err));
+    fn header(column: &str, header: &str) -> (String, String) {
+        (column.into(), header.into())
     }
 
     #[test]
-    fn debeziums_default_table_is_read_and_other_columns_are_passed_over() {
-        let columns = [("extra", 25), DEBEZIUM[0], DEBEZIUM[1], DEBEZIUM[2], DEBEZIUM[3], DEBEZIUM[4]];
-        let values: [Option<&[u8]>; 6] =
-            [Some(b"x"), Some(b"id-1"), Some(b"order"), Some(b"o1"), Some(b"OrderCreated"), Some(b"{}")];
-        read(&columns, &values, |row| {
-            let expected = OutboxRow {
-                id: "id-1",
-                aggregate_type: "order",
-                aggregate_id: "o1",
-                event_type: "OrderCreated",
-                payload: Some(b"{}"),
-                ..OutboxRow::default()
-            };
-            assert_eq!(row, Ok(expected));
-        });
+    fn what_is_used_has_its_slot() {
+        let outbox = table(|t| {
+            t.topic = TopicTemplate::parse("${tenant}.${aggregatetype}.${kind}").unwrap();
+            t.columns[Field::AggregateType as usize] = "kind".into();
+            t.header_columns =
+                vec![header("tenant", "tenant"), header("kind", "x-kind"), header("zone", "zone")];
+        })
+        .unwrap();
+        assert_eq!(outbox.label(), "public.outbox");
+        assert_eq!(outbox.extras, ["tenant", "zone"], "each once, and no field among them");
+        let slots: Vec<_> = outbox.headers().iter().map(|(slot, _)| *slot).collect();
+        assert_eq!(slots, [FIELDS, Field::AggregateType as usize, FIELDS + 1]);
+        for (slot, name) in outbox.slots() {
+            assert_eq!((outbox.slot(name), outbox.slot_name(slot)), (Some(slot), name));
+        }
+        assert_eq!((outbox.slot("other"), outbox.slot("")), (None, None));
+        let required: Vec<_> = outbox.required_columns().collect();
+        assert_eq!(required, ["id", "kind", "aggregateid", "type", "payload", "tenant", "zone"]);
+        let optional: Vec<_> = outbox.optional_columns().collect();
+        assert_eq!(optional, ["headers", "traceparent", "partition", "topic"]);
     }
 
     #[test]
-    fn what_cannot_be_a_record_says_why() {
-        let good: [Option<&[u8]>; 5] = [Some(b"i"), Some(b"order"), Some(b"o"), Some(b"T"), None];
-        read(&DEBEZIUM, &good, |row| assert_eq!(row.map(|r| r.payload), Ok(None)));
-        for (i, field) in Field::ALL[..4].iter().enumerate() {
-            let mut values = good;
-            values[i] = None;
-            read(&DEBEZIUM, &values, |row| assert_eq!(row, Err(Poison::NullColumn(*field))));
-            values[i] = Some(b"\xFF");
-            read(&DEBEZIUM, &values, |row| assert_eq!(row, Err(Poison::BadColumn(*field, "is not UTF-8"))));
+    fn what_cannot_be_used_says_why() {
+        assert_eq!(table(|t| t.columns[4].clear()), Err(OutboxError::Unnamed(Field::Payload)));
+        assert_eq!(table(|t| t.columns[8] = "id".into()), Err(OutboxError::SharedColumn("id".into())));
+        for name in ["", "id", "seq", "traceparent", "ce_id", "content-type"] {
+            let bad = table(|t| t.header_columns = vec![header("tenant", name)]);
+            assert_eq!(bad, Err(OutboxError::TakenHeader(name.into())));
         }
-        read(&DEBEZIUM[..4], &good[..4], |row| assert_eq!(row, Err(Poison::MissingColumn("payload".into()))));
-        read(&DEBEZIUM, &good[..4], |row| assert_eq!(row, Err(Poison::WrongNumberOfValues)));
-        let mut columns = DEBEZIUM.to_vec();
-        columns.push(("partition", 23));
-        for (text, expected) in [("3", Some(Some(3))), ("-1", None), ("x", None)] {
-            let values: Vec<_> = good.iter().copied().chain([Some(text.as_bytes())]).collect();
-            read(&columns, &values, |row| assert_eq!(row.ok().map(|r| r.partition), expected));
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn bytea_is_undone(bytes: Vec<u8>) {
-            let mut text = b"\\x".to_vec();
-            for b in &bytes {
-                text.extend(format!("{b:02x}").bytes());
-            }
-            let mut columns = DEBEZIUM;
-            columns[4].1 = BYTEA_OID;
-            let values: [Option<&[u8]>; 5] = [Some(b"i"), Some(b"a"), Some(b"b"), Some(b"c"), Some(&text)];
-            read(&columns, &values, |row| assert_eq!(row.map(|r| r.payload), Ok(Some(&bytes[..]))));
-        }
-
-        #[test]
-        fn bytea_decoding_is_total(text: Vec<u8>) {
-            let _ = decode_bytea(&text, &mut Vec::new());
-        }
+        let twice = table(|t| t.header_columns = vec![header("a", "x"), header("b", "x")]);
+        assert_eq!(twice, Err(OutboxError::TakenHeader("x".into())));
+        let many = |n| {
+            table(|t| t.header_columns = (0..n).map(|i| header(&i.to_string(), &i.to_string())).collect())
+        };
+        assert!(many(EXTRAS_LIMIT).is_ok());
+        assert_eq!(many(EXTRAS_LIMIT + 1), Err(OutboxError::TooManyColumns));
     }
 }

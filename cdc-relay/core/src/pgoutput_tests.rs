@@ -48,11 +48,18 @@ pub(crate) mod encode {
         out
     }
 
+    pub(crate) fn update(oid: u32) -> Vec<u8> {
+        [&b"U"[..], &oid.to_be_bytes(), b"N\0\x02ut\0\0\0\x01x"].concat()
+    }
+
     pub(crate) fn message(transactional: bool, prefix: &str, content: &[u8]) -> Vec<u8> {
-        let mut out = [b"M", &[u8::from(transactional)][..], &[0; 8], prefix.as_bytes(), b"\0"].concat();
-        out.extend(u32::try_from(content.len()).unwrap().to_be_bytes());
-        out.extend(content);
-        out
+        message_at(0, transactional, prefix, content)
+    }
+
+    pub(crate) fn message_at(lsn: u64, transactional: bool, prefix: &str, content: &[u8]) -> Vec<u8> {
+        let length = u32::try_from(content.len()).unwrap();
+        let head = [&[b'M', u8::from(transactional)][..], &lsn.to_be_bytes(), prefix.as_bytes(), b"\0"];
+        [&head.concat(), &length.to_be_bytes()[..], content].concat()
     }
 
     pub(crate) fn delete(oid: u32) -> Vec<u8> {

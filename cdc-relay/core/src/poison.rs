@@ -2,23 +2,25 @@
 
 use std::fmt;
 
-use crate::outbox::Field;
-
 /// Why a row cannot become a record.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Poison {
-    /// The table has no such column.
+    /// The table, or the message, has no such column.
     MissingColumn(String),
     /// The column must have a value.
-    NullColumn(Field),
+    NullColumn(String),
     /// The column's value is not what it has to be.
-    BadColumn(Field, &'static str),
+    BadColumn(String, &'static str),
     /// The row has another number of values than the relation has columns.
     WrongNumberOfValues,
     /// The headers column is not what it has to be.
     BadHeaders(&'static str),
+    /// The message is not what it has to be.
+    BadMessage(&'static str),
     /// The topic's name is not legal.
     IllegalTopic(String),
+    /// Messages may not go to this topic.
+    UnlistedTopic(String),
     /// There is no such topic, or it has no such partition.
     UnknownTopic { topic: String, partition: Option<i32> },
     /// Kafka does not let us write to the topic.
@@ -34,11 +36,11 @@ pub enum Poison {
 /// The kinds of poison that have a policy each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Kind {
-    /// A value cannot be read.
+    /// A value, or a message, is not what it has to be.
     Undecodable,
     /// A column that must be there, or must have a value, does not.
     MissingColumn,
-    /// The topic's name is not legal, or there is no such topic or partition.
+    /// The topic's name is not legal, not one that messages may go to, or there is no such topic or partition.
     Unroutable,
     /// Larger than the topic or the producer takes.
     TooLarge,
@@ -84,9 +86,9 @@ impl Poison {
     pub fn kind(&self) -> Kind {
         match self {
             Self::MissingColumn(_) | Self::NullColumn(_) => Kind::MissingColumn,
-            Self::BadColumn(..) | Self::WrongNumberOfValues => Kind::Undecodable,
+            Self::BadColumn(..) | Self::WrongNumberOfValues | Self::BadMessage(_) => Kind::Undecodable,
             Self::BadHeaders(_) => Kind::InvalidHeader,
-            Self::IllegalTopic(_) | Self::UnknownTopic { .. } => Kind::Unroutable,
+            Self::IllegalTopic(_) | Self::UnlistedTopic(_) | Self::UnknownTopic { .. } => Kind::Unroutable,
             Self::Unauthorized { .. } => Kind::Unauthorized,
             Self::TooLarge { .. } => Kind::TooLarge,
             Self::Refused { .. } => Kind::Refused,
@@ -142,15 +144,19 @@ impl Policies {
 impl fmt::Display for Poison {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::MissingColumn(name) => write!(f, "the outbox table has no column {name:?}"),
-            Self::NullColumn(field) => write!(f, "the {field:?} column is NULL"),
-            Self::BadColumn(field, why) => write!(f, "the {field:?} column {why}"),
+            Self::MissingColumn(name) => write!(f, "there is no column {name:?}"),
+            Self::NullColumn(name) => write!(f, "column {name:?} is NULL"),
+            Self::BadColumn(name, why) => write!(f, "column {name:?} {why}"),
             Self::WrongNumberOfValues => {
                 write!(f, "the row does not have as many values as the table has columns")
             }
             Self::BadHeaders(why) => write!(f, "the headers column {why}"),
+            Self::BadMessage(why) => write!(f, "the message {why}"),
             Self::IllegalTopic(topic) => {
                 write!(f, "its topic {topic:?} is not a legal name of a Kafka topic")
+            }
+            Self::UnlistedTopic(topic) => {
+                write!(f, "messages may not go to topic {topic:?}: it is not in messages.topics")
             }
             Self::UnknownTopic { topic, partition: None } => write!(f, "topic {topic:?} does not exist"),
             Self::UnknownTopic { topic, partition: Some(partition) } => {

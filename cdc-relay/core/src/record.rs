@@ -7,7 +7,7 @@ const OVERHEAD_BYTES: usize = 256;
 
 /// What a row is known by: the LSN of its transaction's commit, and the ordinal of its change, counting from 0
 /// every change and message that pgoutput sends inside the transaction. Several changes can share an LSN, so an
-/// LSN of a change would not do.
+/// LSN of a change would not do. A message outside any transaction has its own LSN and 0: no commit shares it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Identity {
     pub commit_lsn: Lsn,
@@ -18,6 +18,8 @@ pub struct Identity {
 #[derive(Debug, Clone, Copy)]
 pub struct Record<'a> {
     pub identity: Identity,
+    /// The table that the row is of, `schema.name`, for an operator; empty where it is a message.
+    pub table: &'a str,
     /// The row's id, for an operator; empty where it cannot be told.
     pub row_id: &'a str,
     pub aggregate_type: &'a str,
@@ -29,7 +31,7 @@ pub struct Record<'a> {
     pub value: Option<&'a [u8]>,
     /// None: by the key.
     pub partition: Option<i32>,
-    /// The record's timestamp, in milliseconds since the Unix epoch.
+    /// The record's timestamp, in milliseconds since the Unix epoch; 0 is the time at which it is sent.
     pub timestamp_ms: i64,
     pub headers: &'a Headers,
 }
@@ -49,7 +51,10 @@ impl Record<'_> {
     pub fn describe(&self) -> String {
         let id = if self.row_id.is_empty() { "unknown" } else { self.row_id };
         let Identity { commit_lsn, seq } = self.identity;
-        format!("outbox row {id} (commit LSN {commit_lsn}, change {seq})")
+        match self.table {
+            "" => format!("outbox message {id} (commit LSN {commit_lsn}, change {seq})"),
+            table => format!("outbox row {id} (commit LSN {commit_lsn}, change {seq}) of {table}"),
+        }
     }
 
     /// What the record takes of the credit in flight, in bytes.

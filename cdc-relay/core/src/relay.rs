@@ -185,6 +185,11 @@ impl Relay {
                 Ok(None)
             }
             Step::Row(drafted) => self.disposal.dispose(drafted, &mut self.progress, None, true),
+            Step::Lone { drafted, end_lsn } => {
+                let outgoing = self.disposal.dispose(drafted, &mut self.progress, None, true)?;
+                self.progress.commit(end_lsn);
+                Ok(outgoing)
+            }
         }
     }
 

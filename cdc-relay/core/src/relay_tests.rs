@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use proptest::prelude::*;
 
 use super::*;
-use crate::{outbox::OutboxTable, pgoutput::tests::encode, route::TopicTemplate};
+use crate::{pgoutput::tests::encode, source::tests::source_to};
 
 const OUTBOX: u32 = 100;
 const OTHER: u32 = 200;
@@ -21,10 +21,7 @@ const COLUMNS: [(&str, u32); 7] = [
 
 fn options() -> Options {
     Options {
-        source: source::Options {
-            table: OutboxTable::default(),
-            topic: TopicTemplate::parse("${aggregatetype}-events").unwrap(),
-        },
+        source: source_to("${aggregatetype}-events"),
         policies: Policies::default(),
         dead_letter_topic: "dead".into(),
         in_flight_limit_bytes: 4096,

@@ -1,34 +1,65 @@
-//! The stream of a slot as rows of the outbox: transactions, the shapes of tables, and the identity of each row.
+//! The stream of a slot as rows of the outboxes: transactions, the shapes of tables, and the identity of each row.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     fmt::{self, Write as _},
 };
 
-use serde_json::value::RawValue;
-
+pub use crate::headers::CloudEvents;
 use crate::{
     Lsn,
-    outbox::{OutboxRow, OutboxTable, Shape},
-    pgoutput::{self, DecodeError, Message, Row},
+    headers::Ingredients,
+    message,
+    outbox::{Outbox, OutboxTable, SLOTS, Slots, Updates},
+    pgoutput::{self, DecodeError, Message, Relation, Row},
     poison::Poison,
     record::{Headers, Identity, Record},
-    route::TopicTemplate,
+    route,
+    shape::{Findings, OutboxRow, Shape},
 };
 
 /// What the scratch for a decoded payload may keep from row to row, in bytes.
 const SCRATCH_KEPT_BYTES: usize = 1 << 20;
 /// From the Unix epoch to Postgres' (2000-01-01), in microseconds.
 const POSTGRES_EPOCH_US: i64 = 946_684_800_000_000;
-/// Names of headers that are the relay's; a row's own header of that name is left out. So is `traceparent` where
-/// the column has a value.
-const RESERVED_HEADERS: [&str; 5] = ["id", "type", "aggregatetype", "lsn", "seq"];
 
-/// What the outbox is, and what its rows become.
+/// What the outboxes are, and what their rows become.
 #[derive(Debug, Clone)]
 pub struct Options {
-    pub table: OutboxTable,
-    pub topic: TopicTemplate,
+    pub outboxes: Vec<Outbox>,
+    /// Tables, by schema and name, whose rows belong to an outbox and have to come under its name: its partitions.
+    pub partitions: HashSet<(String, String)>,
+    /// The table-less outbox, where it is used.
+    pub messages: Option<Messages>,
+    /// Topics of event types, which come before the template. The names are legal.
+    pub topic_by_type: BTreeMap<String, String>,
+    /// Where each record is to be a CloudEvent, too.
+    pub cloud_events: Option<CloudEvents>,
+}
+
+/// The table-less outbox.
+#[derive(Debug, Clone)]
+pub struct Messages {
+    /// The prefix of the messages that are rows.
+    pub prefix: String,
+    pub outbox: Outbox,
+    /// Where messages may go, because any role may emit them. Empty: wherever the route says, but to no topic that
+    /// a message itself names.
+    pub topics: BTreeSet<String>,
+}
+
+impl Default for Options {
+    /// Debezium's outbox table.
+    fn default() -> Self {
+        let outboxes = Outbox::new(OutboxTable::default()).into_iter().collect();
+        Self {
+            outboxes,
+            partitions: HashSet::new(),
+            messages: None,
+            topic_by_type: BTreeMap::new(),
+            cloud_events: None,
+        }
+    }
 }
 
 /// The stream cannot be followed.
@@ -38,6 +69,10 @@ pub enum StreamError {
     Undecodable { at: Identity, error: DecodeError },
     /// Messages in an order that pgoutput does not send.
     OutOfProtocol(&'static str),
+    /// A row of an outbox was updated, and that is to be looked at.
+    Updated { at: Identity, table: String },
+    /// A row of an outbox came under the name of a partition.
+    UnderPartition { at: Identity, partition: String },
 }
 
 impl fmt::Display for StreamError {
@@ -48,6 +83,14 @@ impl fmt::Display for StreamError {
                 "change {seq} of the transaction committed at {commit_lsn} cannot be decoded: {error}"
             ),
             Self::OutOfProtocol(what) => write!(f, "the replication stream is out of protocol: {what}"),
+            Self::Updated { at: Identity { commit_lsn, seq }, table } => {
+                write!(f, "a row of the outbox {table} was updated (commit LSN {commit_lsn}, change {seq})")
+            }
+            Self::UnderPartition { at: Identity { commit_lsn, seq }, partition } => write!(
+                f,
+                "a row came under the name of the partition {partition}, not under its outbox's (commit LSN \
+                 {commit_lsn}, change {seq})"
+            ),
         }
     }
 }
@@ -63,6 +106,9 @@ pub enum Step<'a> {
     PassedOver,
     /// A row of an outbox.
     Row(Drafted<'a>),
+    /// A message under our prefix outside any transaction, which is always poison. It is done with once
+    /// everything before `end_lsn` is.
+    Lone { drafted: Drafted<'a>, end_lsn: Lsn },
     /// The end of a transaction.
     Commit { end_lsn: Lsn },
 }
@@ -84,18 +130,34 @@ struct Open {
     next_seq: u64,
 }
 
+/// A relation of the stream.
+#[derive(Debug)]
+enum Known {
+    /// The outbox of that number.
+    Outbox(usize, Shape),
+    /// A partition of an outbox: described beside its outbox always, and to be looked at where a row comes.
+    Partition(String),
+    Other,
+}
+
 /// A reader of one stream, from its beginning.
 #[derive(Debug)]
 pub struct Source {
     options: Options,
     open: Option<Open>,
-    /// The shape of each relation seen; None where it is not an outbox.
-    relations: HashMap<u32, Option<Shape>>,
-    // Scratch that keeps its capacity from row to row.
+    relations: HashMap<u32, Known>,
+    /// Scratch for what has to be decoded of a row.
+    payload: Vec<u8>,
+    text: String,
+    draft: Draft,
+}
+
+/// Scratch for what is made of a row. It keeps its capacity from row to row.
+#[derive(Debug, Default)]
+struct Draft {
     commit_lsn: String,
     seq: String,
     topic: String,
-    payload: Vec<u8>,
     headers: Headers,
 }
 
@@ -106,11 +168,9 @@ impl Source {
             options,
             open: None,
             relations: HashMap::new(),
-            commit_lsn: String::new(),
-            seq: String::new(),
-            topic: String::new(),
             payload: Vec::new(),
-            headers: Headers::default(),
+            text: String::new(),
+            draft: Draft::default(),
         }
     }
 
@@ -127,27 +187,31 @@ impl Source {
             Message::Begin { commit_lsn, committed_at_us, .. } => self.begin(commit_lsn, committed_at_us)?,
             Message::Commit { commit_lsn, end_lsn, .. } => return self.commit(commit_lsn, end_lsn),
             Message::Relation(relation) => {
-                let shape = self.options.table.is(relation).then(|| self.options.table.shape(relation));
-                self.relations.insert(relation.oid, shape);
+                let known = self.know(relation);
+                self.relations.insert(relation.oid, known);
             }
             Message::Insert { relation_oid, row } => {
                 self.count_change()?;
-                if matches!(self.relations.get(&relation_oid), Some(None)) {
-                    return Ok(Step::PassedOver);
-                }
-                return self.draft(relation_oid, row).map(Step::Row);
+                return self.draft_row(relation_oid, row);
             }
-            // A non-transactional message can come at any time, so it is outside a transaction's count.
-            Message::Origin { .. }
-            | Message::Type { .. }
-            | Message::LogicalMessage { transactional: false, .. } => {}
-            Message::Update { .. }
-            | Message::Delete { .. }
-            | Message::Truncate { .. }
-            | Message::LogicalMessage { .. } => {
+            Message::Update { relation_oid } => {
+                let at = self.next_identity(start);
+                self.count_change()?;
+                return self.updated(at, relation_oid);
+            }
+            Message::Delete { .. } | Message::Truncate { .. } => {
                 self.count_change()?;
                 return Ok(Step::PassedOver);
             }
+            Message::LogicalMessage { transactional: true, prefix, content, .. } => {
+                self.count_change()?;
+                return self.draft_message(prefix, content, None);
+            }
+            // It can come at any time between transactions, and is outside their counts.
+            Message::LogicalMessage { transactional: false, lsn, prefix, content } => {
+                return self.draft_message(prefix, content, Some(lsn));
+            }
+            Message::Origin { .. } | Message::Type { .. } => {}
         }
         Ok(Step::Nothing)
     }
@@ -155,10 +219,29 @@ impl Source {
     /// The row that [`handle`](Self::handle) made of these bytes, once more. Nothing may have been handled in
     /// between.
     pub fn repeat<'a>(&'a mut self, bytes: &'a [u8]) -> Result<Drafted<'a>, StreamError> {
-        match pgoutput::decode(bytes) {
-            Ok(Message::Insert { relation_oid, row }) => self.draft(relation_oid, row),
+        let step = match pgoutput::decode(bytes) {
+            Ok(Message::Insert { relation_oid, row }) => self.draft_row(relation_oid, row)?,
+            Ok(Message::LogicalMessage { transactional, lsn, prefix, content }) => {
+                self.draft_message(prefix, content, (!transactional).then_some(lsn))?
+            }
+            _ => Step::Nothing,
+        };
+        match step {
+            Step::Row(drafted) | Step::Lone { drafted, .. } => Ok(drafted),
             _ => Err(StreamError::OutOfProtocol("what is to be repeated is not a row")),
         }
+    }
+
+    fn know(&self, relation: Relation<'_>) -> Known {
+        let (schema, name) = (relation.schema, relation.name);
+        let mut outboxes = self.options.outboxes.iter().enumerate();
+        if let Some((number, outbox)) = outboxes.find(|(_, outbox)| outbox.name() == (schema, name)) {
+            return Known::Outbox(number, Shape::new(outbox, relation));
+        }
+        if self.options.partitions.contains(&(schema.to_owned(), name.to_owned())) {
+            return Known::Partition(format!("{schema}.{name}"));
+        }
+        Known::Other
     }
 
     fn next_identity(&self, start: Lsn) -> Identity {
@@ -172,9 +255,7 @@ impl Source {
         }
         let committed_at_ms = committed_at_us.saturating_add(POSTGRES_EPOCH_US) / 1000;
         self.open = Some(Open { commit_lsn, committed_at_ms, next_seq: 0 });
-        self.commit_lsn.clear();
-        // Writing to a String cannot fail.
-        let _ = write!(self.commit_lsn, "{commit_lsn}");
+        self.draft.set_commit_lsn(commit_lsn);
         Ok(())
     }
 
@@ -192,73 +273,164 @@ impl Source {
     fn count_change(&mut self) -> Result<(), StreamError> {
         let outside = StreamError::OutOfProtocol("a change outside a transaction");
         let open = self.open.as_mut().ok_or(outside)?;
-        self.seq.clear();
-        let _ = write!(self.seq, "{}", open.next_seq);
+        self.draft.set_seq(open.next_seq);
         open.next_seq += 1;
         Ok(())
     }
 
-    /// The record for a row, which is the last change that was counted.
-    fn draft<'a>(&'a mut self, relation_oid: u32, row: Row<'a>) -> Result<Drafted<'a>, StreamError> {
-        let Some(Some(shape)) = self.relations.get(&relation_oid) else {
-            return Err(StreamError::OutOfProtocol("a row of a relation that was not described"));
+    fn updated(&self, at: Identity, relation_oid: u32) -> Result<Step<'_>, StreamError> {
+        let Some(Known::Outbox(number, _)) = self.relations.get(&relation_oid) else {
+            return Ok(Step::PassedOver);
         };
+        let outbox = &self.options.outboxes[*number];
+        match outbox.updates() {
+            Updates::Ignore => Ok(Step::PassedOver),
+            Updates::Halt => Err(StreamError::Updated { at, table: outbox.label().to_owned() }),
+        }
+    }
+
+    /// The identity of the change that was counted last, and when it was committed.
+    fn last_change(&self) -> Result<Moment, StreamError> {
         let outside = StreamError::OutOfProtocol("a row outside a transaction");
         let open = self.open.as_ref().ok_or(outside)?;
+        let identity = Identity { commit_lsn: open.commit_lsn, seq: open.next_seq.saturating_sub(1) };
+        Ok(Moment { identity, committed_at_ms: open.committed_at_ms })
+    }
+
+    /// The record for a row, which is the last change that was counted.
+    fn draft_row<'a>(&'a mut self, relation_oid: u32, row: Row<'a>) -> Result<Step<'a>, StreamError> {
+        let moment = self.last_change()?;
+        let (number, shape) = match self.relations.get(&relation_oid) {
+            Some(Known::Outbox(number, shape)) => (*number, shape),
+            Some(Known::Partition(partition)) => {
+                return Err(StreamError::UnderPartition {
+                    at: moment.identity,
+                    partition: partition.clone(),
+                });
+            }
+            Some(Known::Other) => return Ok(Step::PassedOver),
+            None => return Err(StreamError::OutOfProtocol("a row of a relation that was not described")),
+        };
         if self.payload.capacity() > SCRATCH_KEPT_BYTES {
             self.payload = Vec::new();
         }
-        let (outbox_row, mut poison) = shape.read(row, &mut self.payload);
-        if !self.options.topic.render(&outbox_row, &mut self.topic) {
-            poison = poison.or_else(|| Some(Poison::IllegalTopic(self.topic.clone())));
+        let outbox = &self.options.outboxes[number];
+        let mut slots: Slots<'a> = [None; SLOTS];
+        let (row, findings) = shape.read(outbox, row, &mut slots, &mut self.payload);
+        let draft = &mut self.draft;
+        Ok(Step::Row(draft.make(&self.options, outbox, (row, &slots), moment, findings, None)))
+    }
+
+    /// The record for a message: the last change that was counted, or one at `lone` outside any transaction.
+    fn draft_message<'a>(
+        &'a mut self,
+        prefix: &str,
+        content: &'a [u8],
+        lone: Option<Lsn>,
+    ) -> Result<Step<'a>, StreamError> {
+        let Some(messages) = self.options.messages.as_ref().filter(|messages| messages.prefix == prefix)
+        else {
+            return Ok(Step::PassedOver);
+        };
+        let moment = match lone {
+            None => self.last_change()?,
+            Some(_) if self.open.is_some() => {
+                return Err(StreamError::OutOfProtocol("a message without a transaction inside one"));
+            }
+            Some(lsn) => {
+                self.draft.set_commit_lsn(lsn);
+                self.draft.set_seq(0);
+                Moment { identity: Identity { commit_lsn: lsn, seq: 0 }, committed_at_ms: 0 }
+            }
+        };
+        self.text.clear();
+        self.text.shrink_to(SCRATCH_KEPT_BYTES);
+        let mut slots: Slots<'a> = [None; SLOTS];
+        let (row, mut findings) = message::read(&messages.outbox, content, &mut slots, &mut self.text);
+        if lone.is_some() {
+            findings = Findings(Some(Poison::BadMessage(
+                "is not transactional, so it would be published whether or not its transaction commits",
+            )));
         }
-        let headers = put_headers(&mut self.headers, &outbox_row, &self.commit_lsn, &self.seq);
+        let (outbox, draft) = (&messages.outbox, &mut self.draft);
+        let allowed = Some(&messages.topics);
+        let drafted = draft.make(&self.options, outbox, (row, &slots), moment, findings, allowed);
+        Ok(match lone {
+            None => Step::Row(drafted),
+            // The server leaves a message out that begins before the confirmed LSN.
+            Some(lsn) => Step::Lone { drafted, end_lsn: Lsn(lsn.0.saturating_add(1)) },
+        })
+    }
+}
+
+/// Which row it is, and when it was committed: in milliseconds since the Unix epoch, 0 where there was no commit.
+#[derive(Debug, Clone, Copy)]
+struct Moment {
+    identity: Identity,
+    committed_at_ms: i64,
+}
+
+impl Draft {
+    fn set_commit_lsn(&mut self, lsn: Lsn) {
+        self.commit_lsn.clear();
+        // Writing to a String cannot fail.
+        let _ = write!(self.commit_lsn, "{lsn}");
+    }
+
+    fn set_seq(&mut self, seq: u64) {
+        self.seq.clear();
+        let _ = write!(self.seq, "{seq}");
+    }
+
+    /// The record that a row becomes. `allowed` is where a message may go.
+    fn make<'a>(
+        &'a mut self,
+        options: &Options,
+        outbox: &'a Outbox,
+        (row, slots): (OutboxRow<'a>, &Slots<'a>),
+        moment: Moment,
+        mut findings: Findings,
+        allowed: Option<&BTreeSet<String>>,
+    ) -> Drafted<'a> {
+        let (own, by_type) = ((row.topic, row.event_type), &options.topic_by_type);
+        if let Err(poison) = route::put_topic(&mut self.topic, outbox, slots, own, by_type) {
+            findings.add(poison);
+        } else if let Some(topics) = allowed
+            && !topics.contains(&self.topic)
+            && (row.topic.is_some() || !topics.is_empty())
+        {
+            findings.add(Poison::UnlistedTopic(self.topic.clone()));
+        }
+        let timestamp_ms = row.timestamp_ms.unwrap_or(moment.committed_at_ms);
+        let headers = Ingredients {
+            outbox,
+            row: &row,
+            slots,
+            commit_lsn: &self.commit_lsn,
+            seq: &self.seq,
+            timestamp_ms,
+            cloud_events: options.cloud_events.as_ref(),
+        };
+        if let Err(poison) = headers.put(&mut self.headers) {
+            findings.add(poison);
+        }
         let record = Record {
-            identity: Identity { commit_lsn: open.commit_lsn, seq: open.next_seq.saturating_sub(1) },
-            row_id: outbox_row.id,
-            aggregate_type: outbox_row.aggregate_type,
-            aggregate_id: outbox_row.aggregate_id,
+            identity: moment.identity,
+            table: outbox.label(),
+            row_id: row.id,
+            aggregate_type: row.aggregate_type,
+            aggregate_id: row.aggregate_id,
             topic: &self.topic,
-            key: Some(outbox_row.aggregate_id.as_bytes()),
-            value: outbox_row.payload,
-            partition: outbox_row.partition,
-            timestamp_ms: open.committed_at_ms,
+            key: Some(row.aggregate_id.as_bytes()),
+            value: row.payload,
+            partition: row.partition,
+            timestamp_ms,
             headers: &self.headers,
         };
-        Ok(Drafted { record, poison: poison.or(headers.err()) })
+        Drafted { record, poison: findings.0 }
     }
 }
 
-/// The record's headers, in order: ours, then the row's own.
-fn put_headers(out: &mut Headers, row: &OutboxRow<'_>, commit_lsn: &str, seq: &str) -> Result<(), Poison> {
-    out.clear();
-    out.push_text("id", row.id);
-    out.push_text("type", row.event_type);
-    out.push_text("aggregatetype", row.aggregate_type);
-    out.push_text("lsn", commit_lsn);
-    out.push_text("seq", seq);
-    if let Some(traceparent) = row.traceparent {
-        out.push_text("traceparent", traceparent);
-    }
-    row.headers.map_or(Ok(()), |json| put_own_headers(out, json, row.traceparent.is_some()))
-}
-
-/// The row's own headers: a JSON object. Text goes as it is, null as a header without a value, anything else as
-/// its JSON text.
-fn put_own_headers(out: &mut Headers, json: &str, has_traceparent: bool) -> Result<(), Poison> {
-    let bad = |_| Poison::BadHeaders("is not a JSON object");
-    let object: std::collections::BTreeMap<String, &RawValue> = serde_json::from_str(json).map_err(bad)?;
-    for (name, raw) in object {
-        if RESERVED_HEADERS.contains(&name.as_str()) || (name == "traceparent" && has_traceparent) {
-            continue;
-        }
-        match raw.get() {
-            "null" => out.push(&name, None),
-            text if text.starts_with('"') => {
-                out.push_text(&name, &serde_json::from_str::<String>(text).map_err(bad)?);
-            }
-            other => out.push_text(&name, other),
-        }
-    }
-    Ok(())
-}
+#[cfg(test)]
+#[path = "source_tests.rs"]
+pub(crate) mod tests;

@@ -53,7 +53,10 @@ pub(super) fn connect(
             ("replication", "database"),
             ("bytea_output", "hex"),
             ("DateStyle", "ISO"),
+            ("IntervalStyle", "postgres"),
             ("TimeZone", "UTC"),
+            // Floating-point numbers in as many digits as tell them apart.
+            ("extra_float_digits", "3"),
         ]);
     }
     frontend::startup_message(parameters, &mut wire.out).map_err(io)?;

@@ -41,7 +41,8 @@ pub(crate) struct ReplicationStream {
 }
 
 impl ReplicationStream {
-    /// Takes the slot and starts the stream where the server says that the slot is confirmed.
+    /// Takes the slot and starts the stream where the server says that the slot is confirmed; with what
+    /// `pg_logical_emit_message` wrote, where `messages` are wanted.
     ///
     /// # Errors
     /// [`Kind::SlotInUse`] while another process holds the slot; what the server says otherwise.
@@ -49,12 +50,14 @@ impl ReplicationStream {
         info: &ConnInfo,
         slot: &str,
         publication: &str,
+        messages: bool,
         timeout: Duration,
     ) -> Result<(Self, System), Error> {
         let mut connection = Connection::connect(info, Purpose::Replication, timeout)?;
         let system = identify(&mut connection)?;
-        let options =
-            format!("proto_version '1', publication_names {}", quote_literal(&quote_identifier(publication)));
+        let publication = quote_literal(&quote_identifier(publication));
+        let messages = if messages { ", messages 'true'" } else { "" };
+        let options = format!("proto_version '1', publication_names {publication}{messages}");
         let sql = format!("START_REPLICATION SLOT {} LOGICAL 0/0 ({options})", quote_identifier(slot));
         connection.send_query(&sql)?;
         let mut wire = connection.into_wire();

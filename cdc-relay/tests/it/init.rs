@@ -62,7 +62,7 @@ fn bad_configuration_is_64_and_names_the_key() {
     for (variable, value, said) in [
         ("CDC_RELAY_POSTGRES__SLOTT", "x", "slott"),
         ("CDC_RELAY_LIMITS__IN_FLIGHT_BYTES", "lots", "in_flight_bytes"),
-        ("CDC_RELAY_ROUTE__TOPIC", "${nope}", "route.topic"),
+        ("CDC_RELAY_ROUTE__TOPIC", "${nope", "route.topic"),
         ("CDC_RELAY_KAFKA__PROPERTIES__ACKS", "1", "acks"),
         ("CDC_RELAY_KAFKA__PROPERTIES__NO_SUCH_SETTING", "1", "no.such.setting"),
         ("CDC_RELAY_LOG__LEVEL", "((", "log.level"),

@@ -1,10 +1,10 @@
 //! A session of the state machine: whatever happens, it is what a naive model says it is.
 
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
 
 use relay_core::{
     Lsn, Outgoing, Relay,
-    outbox::OutboxTable,
+    outbox::{Outbox, OutboxTable},
     parking::Key,
     pgoutput::{Message, decode},
     poison::{Poison, Policies, Policy},
@@ -16,6 +16,8 @@ use relay_core::{
 
 const DEAD_LETTERS: &str = "dead-letters";
 const LIMIT_BYTES: usize = 4096;
+/// Of one letter, so that it is found.
+const PREFIX: &str = "o";
 
 /// A session: which policy poison has, then messages of pgoutput among all that else can happen. After each event
 /// the state machine is what a naive model says it is. Returns how many events were taken before the session
@@ -122,10 +124,7 @@ struct Session<'a> {
 impl<'a> Session<'a> {
     fn new(policy: Policy) -> Self {
         let options = Options {
-            source: source::Options {
-                table: OutboxTable::default(),
-                topic: TopicTemplate::parse("${aggregatetype}-events").expect("a template"),
-            },
+            source: source_options(),
             policies: Policies::all(policy),
             dead_letter_topic: DEAD_LETTERS.to_owned(),
             in_flight_limit_bytes: LIMIT_BYTES,
@@ -225,8 +224,11 @@ impl<'a> Session<'a> {
         };
         let message = decode(bytes).expect("what was handled can be decoded");
         if let Some(record) = record {
-            assert!(matches!(message, Message::Insert { .. }));
-            check_record(&record, self.changes, self.policy);
+            assert!(matches!(
+                message,
+                Message::Insert { .. } | Message::LogicalMessage { prefix: PREFIX, .. }
+            ));
+            check_record(&record, lone(&message).map_or(self.changes, |_| 0), self.policy);
             let (ticket, told) = (record.ticket, format!("{record:?}"));
             self.last_key = Key::of(&record.record);
             self.last = Some((ticket, bytes));
@@ -235,6 +237,9 @@ impl<'a> Session<'a> {
             assert_eq!(format!("{:?}", again.expect("it was a record before")), told);
         }
         self.begin(&[]);
+        if let Some(lsn) = lone(&message) {
+            self.commits.push((self.records.len(), Lsn(lsn.0.saturating_add(1))));
+        }
         match message {
             Message::Begin { .. } => self.changes = 0,
             Message::Commit { end_lsn, .. } => self.commits.push((self.records.len(), end_lsn)),
@@ -256,7 +261,9 @@ impl<'a> Session<'a> {
         match self.relay.refuse(ticket, bytes, poison) {
             Ok(Some(record)) => {
                 assert_eq!(record.ticket, ticket);
-                check_record(&record, self.changes.saturating_sub(1), self.policy);
+                let is_lone = decode(bytes).is_ok_and(|message| lone(&message).is_some());
+                let seq = if is_lone { 0 } else { self.changes.saturating_sub(1) };
+                check_record(&record, seq, self.policy);
                 assert!(record.is_dead_letter);
             }
             Ok(None) => {
@@ -303,6 +310,31 @@ impl<'a> Session<'a> {
         assert_eq!(self.relay.checkpoint(), self.checkpoint);
         assert_eq!(self.relay.confirmed(), expected.min(self.checkpoint));
         self.settled_to = expected;
+    }
+}
+
+/// Debezium's table, and messages.
+fn source_options() -> source::Options {
+    let topic = TopicTemplate::parse("${aggregatetype}-events").expect("a template");
+    let table = OutboxTable { topic: topic.clone(), ..OutboxTable::default() };
+    source::Options {
+        outboxes: vec![Outbox::new(table).expect("an outbox")],
+        messages: Some(source::Messages {
+            prefix: PREFIX.to_owned(),
+            outbox: Outbox::of_messages(topic).expect("an outbox"),
+            topics: BTreeSet::new(),
+        }),
+        ..source::Options::default()
+    }
+}
+
+/// Where the message is of our prefix and outside any transaction: its position.
+fn lone(message: &Message<'_>) -> Option<Lsn> {
+    match message {
+        Message::LogicalMessage { transactional: false, lsn, prefix, .. } => {
+            (*prefix == PREFIX).then_some(*lsn)
+        }
+        _ => None,
     }
 }
 

@@ -14,12 +14,10 @@ use super::{
 };
 use crate::{
     Lsn, Outgoing, Relay, StatusUpdate,
-    outbox::OutboxTable,
     poison::{Kind, Poison, Policies, Policy},
     record::Identity,
     relay::{Halt, Options, Past},
-    route::TopicTemplate,
-    source,
+    source::tests::source_to,
 };
 
 const LIMIT_BYTES: usize = 4_000;
@@ -60,10 +58,7 @@ fn start(
     now: Duration,
 ) -> Relay {
     let options = Options {
-        source: source::Options {
-            table: OutboxTable::default(),
-            topic: TopicTemplate::parse("${aggregatetype}").expect("a template"),
-        },
+        source: source_to("${aggregatetype}"),
         policies,
         dead_letter_topic: DEAD_LETTERS.into(),
         in_flight_limit_bytes: LIMIT_BYTES,
