@@ -309,7 +309,7 @@ impl<'a> Session<'a> {
         assert_eq!(progress.in_flight_records(), self.records.len() - settled);
         assert_eq!(progress.in_flight_bytes() == 0, settled == self.records.len());
         assert_eq!(self.relay.wants_input(), progress.in_flight_bytes() < LIMIT_BYTES);
-        assert_eq!(self.relay.is_covered(), self.settled_to <= self.checkpoint);
+        assert_eq!(self.relay.is_covered(), expected <= self.checkpoint);
         assert_eq!(self.relay.confirmed(), expected.min(self.checkpoint));
         self.settled_to = expected;
     }
