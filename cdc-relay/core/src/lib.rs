@@ -23,4 +23,6 @@ pub use record::Outgoing;
 pub use relay::{Relay, StatusUpdate};
 
 #[cfg(test)]
+mod invariants;
+#[cfg(test)]
 mod sim;

@@ -58,10 +58,13 @@ impl Parking {
         first.is_some_and(|first| record.identity >= *first)
     }
 
-    /// Parks an aggregate from this row on. Whether it was not parked before.
+    /// Parks an aggregate from this row on. Whether it was not before: Kafka may refuse a row after a later one of
+    /// the aggregate was parked for what it is.
     pub(crate) fn park(&mut self, key: Key, first: Identity) -> Result<bool, Full> {
-        if self.keys.contains_key(&key) {
-            return Ok(false);
+        if let Some(known) = self.keys.get_mut(&key) {
+            let is_earlier = first < *known;
+            *known = first.min(*known);
+            return Ok(is_earlier);
         }
         if self.keys.len() >= PARKED_LIMIT {
             return Err(Full);

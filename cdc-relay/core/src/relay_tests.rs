@@ -38,8 +38,8 @@ fn started(now: Duration) -> Relay {
 }
 
 fn started_with(options: Options, now: Duration) -> Relay {
-    let mut relay = Relay::new(options, Lsn(1), now);
-    relay.recall(Past { checkpoint: Lsn(1), ..Past::default() });
+    let past = Past { confirmed: Lsn(1), checkpoint: Lsn(1), ..Past::default() };
+    let mut relay = Relay::new(options, past, now);
     relay.set_listening(true, now);
     for (oid, name) in [(OUTBOX, "outbox"), (OTHER, "orders")] {
         let bytes = encode::relation(oid, "public", name, &COLUMNS);
@@ -206,10 +206,8 @@ fn nothing_is_reported_that_no_acknowledged_checkpoint_covers() {
 
 #[test]
 fn a_checkpoint_ahead_of_the_slot_is_not_written_again_and_hides_nothing() {
-    let mut relay = Relay::new(options(), Lsn(10), Duration::ZERO);
-    assert!(!relay.wants_input() && !relay.is_at_rest(), "the past is not known yet");
-    assert_eq!(relay.take_checkpoint(Duration::ZERO), None);
-    relay.recall(Past { checkpoint: Lsn(50), ..Past::default() });
+    let past = Past { confirmed: Lsn(10), checkpoint: Lsn(50), ..Past::default() };
+    let mut relay = Relay::new(options(), past, Duration::ZERO);
     relay.handle_keepalive(Lsn(30), true, Duration::ZERO);
     assert_eq!(relay.take_checkpoint(Duration::ZERO), None);
     let status = relay.take_status(Duration::ZERO).unwrap();
@@ -231,6 +229,28 @@ fn poison_names_the_row() {
         assert_eq!(poison, Poison::BadHeaders("is not a JSON object"));
     }
     assert_eq!(relay.progress().in_flight_records(), 0);
+}
+
+/// The simulated world's seed 1554: Kafka refuses a row after a later one of its aggregate was parked.
+#[test]
+fn a_row_that_is_refused_late_has_all_behind_it_parked() {
+    let options = Options { policies: Policies::all(Policy::ParkKey), ..options() };
+    let mut relay = started_with(options.clone(), Duration::ZERO);
+    let rows = [row("a", None), row("b", None), row("c", Some("["))];
+    let is_dead_letter = |relay: &mut Relay, bytes| {
+        relay.handle_wal(Lsn::ZERO, bytes, Duration::ZERO).unwrap().unwrap().is_dead_letter
+    };
+    feed(&mut relay, &encode::begin(50, 0));
+    assert_eq!(rows.each_ref().map(|row| is_dead_letter(&mut relay, row)), [false, false, true]);
+    let parked = relay.take_markers().into_iter().map(|m| (m.key, m.parked.unwrap())).collect();
+    let first = Identity { commit_lsn: Lsn(50), seq: 0 };
+    let refused = HashMap::from([(first, Poison::Refused { topic: "t".into(), why: "w".into() })]);
+    let mut relay = started_with(options, Duration::ZERO);
+    relay.recall(Past { confirmed: Lsn(1), checkpoint: Lsn(1), refused, parked });
+    feed(&mut relay, &encode::begin(50, 0));
+    assert_eq!(rows.each_ref().map(|row| is_dead_letter(&mut relay, row)), [true; 3]);
+    let markers: Vec<_> = relay.take_markers().into_iter().map(|m| m.parked).collect();
+    assert_eq!(markers, [Some(first)]);
 }
 
 #[test]

@@ -10,7 +10,7 @@ use relay_core::pgoutput::{DecodeError, Message, decode};
 mod targets;
 
 /// Sessions up to this length have each of their bytes changed, in bytes.
-const CHANGED_LIMIT_BYTES: usize = 1500;
+const CHANGED_LIMIT_BYTES: usize = 600;
 
 /// The files of a target's corpus.
 fn corpus(target: &str) -> Vec<Vec<u8>> {

@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, VecDeque};
 use fastrand::Rng;
 
 use super::postgres::{KEYS, Nature, OutboxRow, RowId};
-use crate::{parking::Key, progress::Ticket, record::Identity};
+use crate::{Lsn, parking::Key, progress::Ticket, record::Identity};
 
 const PARTITIONS: usize = 3;
 /// Those of the topic, then one each of dead letters, of markers of parked keys, and of checkpoints.
@@ -50,7 +50,7 @@ pub(super) struct Kafka {
     pub(super) is_away: bool,
     /// Every row that arrived in the topic, in the order of arrival.
     pub(super) topic: Vec<RowId>,
-    pub(super) dead_letters: Vec<RowId>,
+    pub(super) dead_letters: Vec<OutboxRow>,
     pub(super) parked: BTreeMap<Key, Identity>,
     pub(super) checkpoint: u64,
 }
@@ -112,7 +112,7 @@ impl Kafka {
                 self.topic.push(row.id);
                 return Some(row.id);
             }
-            Item::DeadLetter(row) => self.dead_letters.push(row.id),
+            Item::DeadLetter(row) => self.dead_letters.push(row),
             Item::Marker(key, Some(first)) => drop(self.parked.insert(key, first)),
             Item::Marker(key, None) => drop(self.parked.remove(&key)),
             Item::Checkpoint(lsn) => self.checkpoint = lsn,
@@ -147,11 +147,15 @@ impl Kafka {
         }
     }
 
-    /// Puts the dead letters of a key back into the topic, in order, as a redrive does. Those rows.
-    pub(super) fn redrive(&mut self, key: usize) -> Vec<RowId> {
-        let rows: Vec<RowId> = self.dead_letters.iter().copied().filter(|row| row.key == key).collect();
-        self.topic.extend(&rows);
-        rows
+    /// Puts the dead letters of a key back into the topic, as a redrive does. Only those up to `settled` are: before a
+    /// later one, an earlier row of the key may still be refused. For the same reason it goes by their identities and
+    /// not by the order in which they arrived. Those rows.
+    pub(super) fn redrive(&mut self, key: usize, settled: Lsn) -> Vec<RowId> {
+        let ours =
+            self.dead_letters.iter().filter(|row| row.id.key == key && row.identity.commit_lsn < settled);
+        let by_identity: BTreeMap<Identity, RowId> = ours.map(|row| (row.identity, row.id)).collect();
+        self.topic.extend(by_identity.values());
+        by_identity.into_values().collect()
     }
 }
 

@@ -40,8 +40,8 @@ impl Ledger {
 
     /// A status update confirms this much: all that the server would leave out from now on is in Kafka.
     pub(super) fn confirmed(&self, lsn: u64, postgres: &Postgres, kafka: &Kafka) {
-        let has: HashSet<&RowId> =
-            kafka.topic.iter().chain(&kafka.dead_letters).chain(&self.excused).collect();
+        let letters = kafka.dead_letters.iter().map(|row| &row.id);
+        let has: HashSet<&RowId> = kafka.topic.iter().chain(letters).chain(&self.excused).collect();
         for transaction in postgres.log.iter().filter(|t| Postgres::is_forgotten(t, lsn)) {
             for OutboxRow { id, .. } in transaction.rows() {
                 assert!(has.contains(&id), "{id:?} is confirmed at {lsn:X} and not in Kafka");

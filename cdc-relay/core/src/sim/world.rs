@@ -65,10 +65,13 @@ fn start(
         status_interval: STATUS_INTERVAL,
         silence_limit: Duration::from_mins(1),
     };
-    let past = Past { checkpoint: Lsn(kafka.checkpoint), refused, parked: kafka.parked.clone() };
-    let mut relay = Relay::new(options, Lsn(postgres.confirmed), now);
-    relay.recall(past);
-    relay
+    let past = Past {
+        confirmed: Lsn(postgres.confirmed),
+        checkpoint: Lsn(kafka.checkpoint),
+        refused,
+        parked: kafka.parked.clone(),
+    };
+    Relay::new(options, past, now)
 }
 
 impl World {
@@ -319,19 +322,23 @@ impl World {
         self.set_listening(true);
     }
 
-    /// Somebody has a key's dead letters published and frees it, while nothing is in flight.
+    /// Somebody has a key's dead letters published and frees it: while all that was read is settled, because a dead
+    /// letter of an open transaction would be left behind.
     fn redrive(&mut self) {
-        if self.kafka.is_away || !self.relay.progress().is_idle() {
+        if self.kafka.is_away || !self.relay.progress().is_idle() || self.relay.is_in_transaction() {
             return;
         }
         let key = self.rng.usize(..KEYS);
-        if !self.relay.parking().is_parked(&aggregate(key)) {
-            return;
+        if self.relay.parking().is_parked(&aggregate(key)) {
+            self.redrive_key(key);
         }
-        for row in self.kafka.redrive(key) {
+    }
+
+    fn redrive_key(&mut self, key: usize) {
+        for row in self.kafka.redrive(key, self.relay.progress().confirmed()) {
             self.ledger.arrived(row);
         }
-        assert!(self.relay.free(&aggregate(key)));
+        self.relay.free(&aggregate(key));
         self.send_markers();
     }
 
@@ -372,13 +379,7 @@ impl World {
     pub(super) fn settle_down(&mut self) {
         for _ in 0..3 {
             self.shut_down_postgres();
-            for key in 0..KEYS {
-                for row in self.kafka.redrive(key) {
-                    self.ledger.arrived(row);
-                }
-                self.relay.free(&aggregate(key));
-                self.send_markers();
-            }
+            (0..KEYS).for_each(|key| self.redrive_key(key));
         }
         self.ledger.finish(&self.postgres);
     }
