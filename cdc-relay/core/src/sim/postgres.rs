@@ -142,8 +142,9 @@ impl Postgres {
         self.confirmed_on_disk = self.confirmed;
     }
 
-    pub(super) fn crash(&mut self) {
-        self.confirmed = self.confirmed_on_disk;
+    /// Whether anything was forgotten.
+    pub(super) fn crash(&mut self) -> bool {
+        std::mem::replace(&mut self.confirmed, self.confirmed_on_disk) > self.confirmed_on_disk
     }
 
     /// As the server does: a transaction is left out when its commit record begins before what is confirmed.

@@ -1,22 +1,24 @@
 //! Everything that can happen, one thing at a time.
 
+mod faults;
+
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{BTreeSet, HashMap, VecDeque},
     time::Duration,
 };
 
 use fastrand::Rng;
 
 use super::{
-    kafka::{Item, Kafka, LOGS, Report, aggregate},
+    kafka::{Item, Kafka, LOGS, Report},
     ledger::Ledger,
-    postgres::{KEYS, Nature, OutboxRow, Postgres, Walsender, row_id},
+    postgres::{Nature, OutboxRow, Postgres, Walsender, row_id},
 };
 use crate::{
     Lsn, Outgoing, Relay, StatusUpdate,
     poison::{Kind, Poison, Policies, Policy},
     record::Identity,
-    relay::{Halt, Options, Past},
+    relay::{Options, Past},
     source::tests::source_to,
 };
 
@@ -48,6 +50,8 @@ pub(super) struct World {
     /// What the checkpoints cover that Kafka has ever acknowledged.
     checkpointed: Lsn,
     checkpoint_in_flight: Option<Lsn>,
+    /// What has happened, so that a test can tell that it does.
+    pub(super) seen: BTreeSet<&'static str>,
 }
 
 fn start(
@@ -100,6 +104,7 @@ impl World {
             statuses: VecDeque::new(),
             last_status: now,
             listening: false,
+            seen: BTreeSet::new(),
         }
     }
 
@@ -148,6 +153,9 @@ impl World {
 
     fn read(&mut self) {
         if !self.listening || !self.relay.wants_input() {
+            if self.listening {
+                self.seen.insert("input is paused at the bound");
+            }
             return;
         }
         let Some(sent) = self.walsender.read(&self.postgres, &mut self.rng) else { return };
@@ -164,6 +172,7 @@ impl World {
         let row = self.postgres.row(id);
         assert_eq!(identity, row.identity, "{id:?} is told by another identity");
         if row.nature == Nature::TooLarge && !is_dead_letter {
+            self.seen.insert("a record is refused before it is sent");
             let poison = Poison::TooLarge { topic: "k".into(), bytes: None, limit_bytes: None };
             match self.relay.refuse(ticket, &sent.bytes, poison) {
                 Ok(Some(out)) => {
@@ -188,6 +197,11 @@ impl World {
             if diversion.policy != Policy::ParkKey {
                 self.ledger.excuse(row_id(id));
             }
+            self.seen.insert(match diversion.policy {
+                Policy::ParkKey => "a row is parked",
+                Policy::DeadLetter => "a row is dead-lettered",
+                _ => "a row is left out",
+            });
         }
     }
 
@@ -197,22 +211,14 @@ impl World {
         }
     }
 
-    /// The relay stops, and will again, until a person decides otherwise.
-    fn halt(&mut self, halt: &Halt) {
-        let Halt::Poison { poison, .. } = halt else { panic!("{halt}") };
-        assert_eq!(self.policies.of(poison.kind()), Policy::Halt);
-        if self.rng.bool() {
-            let others = [Policy::DeadLetter, Policy::ParkKey, Policy::Skip];
-            self.policies = self.policies.with(poison.kind(), others[self.rng.usize(..3)]);
-        }
-        self.crash();
-    }
-
     fn keepalive(&mut self) {
         if !self.listening {
             return;
         }
         let end = self.walsender.keepalive(&self.postgres, &mut self.rng);
+        if self.relay.is_in_transaction() {
+            self.seen.insert("a keepalive comes in the midst of a transaction");
+        }
         let asks = self.rng.bool();
         self.relay.handle_keepalive(Lsn(end), asks, self.now);
         assert!(!asks || self.relay.next_deadline() <= self.now, "an answer is due at once");
@@ -227,6 +233,7 @@ impl World {
 
     fn arrive_late(&mut self) {
         if let Some(row) = self.kafka.arrive_late(&mut self.rng) {
+            self.seen.insert("a record of a dead producer arrives late");
             self.ledger.arrived(row);
         }
     }
@@ -241,6 +248,7 @@ impl World {
                 self.checkpointed = self.checkpointed.max(lsn);
             }
             Some(Report::Refused(OutboxRow { identity, .. })) => {
+                self.seen.insert("the broker refuses a record");
                 self.refused.insert(identity, Poison::Refused { topic: "k".into(), why: "old".into() });
                 self.lose_session();
             }
@@ -284,103 +292,5 @@ impl World {
         self.write_checkpoint();
         self.tell_status();
         assert!(self.now < self.last_status + STATUS_INTERVAL, "a status update is missing");
-    }
-
-    fn toggle_kafka(&mut self) {
-        self.kafka.is_away = !self.kafka.is_away;
-        // It comes back without what was sent to it.
-        if !self.kafka.is_away && self.rng.bool() {
-            self.lose_session();
-        }
-    }
-
-    /// The process dies: it remembers nothing.
-    fn crash(&mut self) {
-        self.refused.clear();
-        self.lose_session();
-    }
-
-    fn crash_postgres(&mut self) {
-        self.postgres.crash();
-        self.lose_session();
-    }
-
-    /// The connection is cut, or a delivery fails: a new session with a new producer. What the relay told the server
-    /// arrives in part.
-    fn lose_session(&mut self) {
-        for _ in 0..self.rng.usize(..=self.statuses.len()) {
-            self.status_arrives();
-        }
-        self.statuses.clear();
-        self.kafka.lose_producer(&mut self.rng);
-        self.relay = start(&self.postgres, &self.kafka, self.policies, self.refused.clone(), self.now);
-        self.walsender = Walsender::new(&self.postgres);
-        self.reported = Lsn(self.postgres.confirmed);
-        self.last_status = self.now;
-        self.checkpoint_in_flight = None;
-        self.checkpointed = self.checkpointed.max(Lsn(self.kafka.checkpoint));
-        self.set_listening(true);
-    }
-
-    /// Somebody has a key's dead letters published and frees it: while all that was read is settled, because a dead
-    /// letter of an open transaction would be left behind.
-    fn redrive(&mut self) {
-        if self.kafka.is_away || !self.relay.progress().is_idle() || self.relay.is_in_transaction() {
-            return;
-        }
-        let key = self.rng.usize(..KEYS);
-        if self.relay.parking().is_parked(&aggregate(key)) {
-            self.redrive_key(key);
-        }
-    }
-
-    fn redrive_key(&mut self, key: usize) {
-        for row in self.kafka.redrive(key, self.relay.progress().confirmed()) {
-            self.ledger.arrived(row);
-        }
-        self.relay.free(&aggregate(key));
-        self.send_markers();
-    }
-
-    /// A fast shutdown: the server sends the rest, and waits until all of it is confirmed. Then it starts again.
-    fn shut_down_postgres(&mut self) {
-        self.kafka.is_away = false;
-        self.set_listening(true);
-        for _ in 0..1_000_000 {
-            if self.postgres.confirmed >= self.postgres.lsn {
-                self.postgres.save_slot();
-                return self.lose_session();
-            }
-            self.go_on();
-            self.check();
-        }
-        panic!("stuck: confirmed {:X} of {:X}", self.postgres.confirmed, self.postgres.lsn);
-    }
-
-    /// Nothing fails.
-    fn go_on(&mut self) {
-        self.now += Duration::from_millis(100);
-        self.read();
-        if self.walsender.is_caught_up(&self.postgres) {
-            self.relay.handle_keepalive(Lsn(self.postgres.lsn), true, self.now);
-        }
-        for log in 0..LOGS {
-            if let Some(row) = self.kafka.arrive(log) {
-                self.ledger.arrived(row);
-            }
-        }
-        self.hear_kafka();
-        self.write_checkpoint();
-        self.tell_status();
-        self.status_arrives();
-    }
-
-    /// Nothing fails any more, and what is parked is redriven: everything must arrive and be confirmed.
-    pub(super) fn settle_down(&mut self) {
-        for _ in 0..3 {
-            self.shut_down_postgres();
-            (0..KEYS).for_each(|key| self.redrive_key(key));
-        }
-        self.ledger.finish(&self.postgres);
     }
 }
