@@ -169,14 +169,16 @@ impl Producer {
     /// This producer is of no more use.
     pub(crate) fn offer(&mut self, outgoing: &Outgoing<'_>) -> Result<Offer, Error> {
         let record = &outgoing.record;
-        let topic = match self.topics.get(record.topic) {
+        let (topic, is_fresh) = match self.topics.get(record.topic) {
             Some(Known::Topic(topic, asked_for)) => (*topic, *asked_for == outgoing.ticket),
             _ => match self.find(record.topic, outgoing.ticket) {
                 Ok(topic) => (topic, true),
+                Err(Offer::Refused(poison)) if outgoing.is_dead_letter => {
+                    return Err(letter::refused(record, &poison));
+                }
                 Err(instead) => return Ok(instead),
             },
         };
-        let (topic, is_fresh) = topic;
         if outgoing.is_dead_letter {
             return letter::enqueue(outgoing, topic.limit_bytes, |record| {
                 self.enqueue(record, outgoing.ticket)

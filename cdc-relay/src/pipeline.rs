@@ -66,6 +66,8 @@ struct Session<'a> {
     relay: Relay,
     /// What earlier sessions wrote down is being read; nothing is read from the slot until then.
     reader: Option<Reader>,
+    /// Whether that was read, and fits the slot.
+    is_admitted: bool,
     writer: Writer,
     diversions: Diversions,
     refused: HashMap<Identity, Poison>,
@@ -166,8 +168,6 @@ fn begin<'a>(shared: &'a Shared, wakeups: &'a Wakeups, memory: &Memory) -> Resul
         // The server may be busy decoding, and looks at our requests for a reply no sooner than it would care.
         silence_limit: settings.silence_limit.max(Duration::from_millis(position.wal_sender_timeout_ms)),
     };
-    // Nothing is read before the checkpoint is known, so until then nothing beyond the slot's own LSN is told.
-    let past = Past { confirmed: position.confirmed, ..Past::default() };
     shared.postgres_stops.store(false, Ordering::Relaxed);
     shared.metrics.sessions.inc();
     shared.metrics.standby.set(0);
@@ -181,8 +181,9 @@ fn begin<'a>(shared: &'a Shared, wakeups: &'a Wakeups, memory: &Memory) -> Resul
         system,
         confirmed_at_start: position.confirmed,
         producer,
-        relay: Relay::new(options, past, Duration::ZERO),
+        relay: Relay::new(options, position.confirmed, Duration::ZERO),
         reader: Some(reader),
+        is_admitted: false,
         diversions: Diversions::new(shared.metrics.clone()),
         refused: memory.refused.clone(),
         pending: None,
@@ -249,9 +250,8 @@ impl Session<'_> {
             self.feed_back()?;
             // A transaction that has been read in part is read to its end even while draining: only then can
             // what Kafka has of it be confirmed, and need not be repeated.
-            let wanted = self.reader.is_none()
-                && !self.lets_postgres_stop()?
-                && (draining.is_none() || self.relay.is_in_transaction());
+            let wanted =
+                !self.lets_postgres_stop()? && (draining.is_none() || self.relay.is_in_transaction());
             let read = wanted && self.pending.is_none() && self.relay.wants_input();
             self.relay.set_listening(read, self.now());
             let progressed = if read { self.read()? } else { self.retry_pending()? };
@@ -269,13 +269,9 @@ impl Session<'_> {
         self.reader = None;
         let ledger = ledger?;
         let checkpoint = position::judge(&ledger, self.confirmed_at_start, &self.system)?;
-        let past = Past {
-            confirmed: self.confirmed_at_start,
-            checkpoint,
-            refused: std::mem::take(&mut self.refused),
-            parked: ledger.parked,
-        };
+        let past = Past { checkpoint, refused: std::mem::take(&mut self.refused), parked: ledger.parked };
         self.relay.recall(past);
+        self.is_admitted = true;
         self.shared.metrics.streaming.set(1);
         self.shared.health.ready("streaming");
         let (slot, confirmed) = (&self.shared.settings.slot, self.confirmed_at_start);
@@ -285,9 +281,7 @@ impl Session<'_> {
 
     /// Writes down in Kafka what is settled, before Postgres is told.
     fn keep_position(&mut self) -> Result<(), Error> {
-        if self.reader.is_none()
-            && let Some(lsn) = self.relay.take_checkpoint(self.now())
-        {
+        if let Some(lsn) = self.relay.take_checkpoint(self.now()) {
             self.producer.write(&self.writer.checkpoint(&self.shared.settings, lsn), None)?;
         }
         Ok(())
@@ -324,7 +318,7 @@ impl Session<'_> {
             self.relay.handle_settled(*ticket)?;
         }
         self.shared.metrics.acknowledged.inc_by(self.acknowledged.len() as u64);
-        let idle = self.reader.is_none() && self.pending.is_none() && self.relay.is_at_rest();
+        let idle = self.is_admitted && self.pending.is_none() && self.relay.is_at_rest();
         self.is_well |= !self.acknowledged.is_empty() || (idle && now >= WELL_AFTER);
         if !self.acknowledged.is_empty() || idle {
             self.waiting_since = now;
@@ -414,7 +408,7 @@ impl Session<'_> {
     /// Whether nothing is left to do before a stop. While what earlier sessions wrote down is unknown, nothing was
     /// begun.
     fn is_drained(&self) -> bool {
-        self.reader.is_some() || (self.pending.is_none() && self.relay.is_at_rest())
+        !self.is_admitted || (self.pending.is_none() && self.relay.is_at_rest())
     }
 
     /// Waits for whatever comes first.
@@ -440,7 +434,7 @@ impl Session<'_> {
         loop {
             // A second failure says no more than the first.
             let kept = self.settle().and_then(|()| self.keep_position()).and_then(|()| self.feed_back());
-            let done = self.producer.is_empty() && self.relay.is_covered();
+            let done = self.producer.is_empty() && (!self.is_admitted || self.relay.is_covered());
             if kept.is_err() || done || self.now() >= until {
                 return;
             }

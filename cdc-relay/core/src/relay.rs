@@ -38,14 +38,12 @@ pub struct Options {
     pub silence_limit: Duration,
 }
 
-/// What is known of the past when a session starts.
+/// What earlier sessions wrote down.
 #[derive(Debug, Clone, Default)]
 pub struct Past {
-    /// The slot's confirmed flush LSN: everything up to here was settled earlier.
-    pub confirmed: Lsn,
     /// The LSN of the last checkpoint.
     pub checkpoint: Lsn,
-    /// Rows that Kafka refused in an earlier session.
+    /// Rows that Kafka refused after they were enqueued.
     pub refused: HashMap<Identity, Poison>,
     /// Aggregates that are parked, and the first row of each that was.
     pub parked: BTreeMap<Key, Identity>,
@@ -112,8 +110,9 @@ pub struct Relay {
     progress: Progress,
     disposal: Disposal,
     received: Lsn,
-    /// The checkpoint that Kafka has, and the one that it has not acknowledged yet.
-    checkpoint: Lsn,
+    /// The checkpoint that Kafka has; None until it is known.
+    checkpoint: Option<Lsn>,
+    /// The checkpoint that Kafka has not acknowledged yet.
     checkpoint_in_flight: Option<Lsn>,
     last_checkpoint: Option<Duration>,
     /// Whether the caller reads what the server sends.
@@ -126,40 +125,39 @@ pub struct Relay {
 }
 
 impl Relay {
-    /// A session that starts now. Input is paused until the caller [listens](Self::set_listening).
-    pub fn new(options: Options, past: Past, now: Duration) -> Self {
+    /// A session that starts now, everything up to `confirmed` (the slot's confirmed flush LSN) having been settled
+    /// earlier. It wants no input and writes no checkpoint before it [recalls](Self::recall) its past.
+    pub fn new(options: Options, confirmed: Lsn, now: Duration) -> Self {
         Self {
             source: Source::new(options.source.clone()),
             disposal: Disposal {
                 policies: options.policies,
                 dead_letter_topic: options.dead_letter_topic.clone(),
-                parking: Parking::new(past.parked),
-                refused: past.refused,
+                parking: Parking::default(),
+                refused: HashMap::new(),
                 diversions: Vec::new(),
                 markers: Vec::new(),
                 headers: Headers::default(),
             },
             options,
-            progress: Progress::new(past.confirmed),
-            received: past.confirmed,
-            checkpoint: past.checkpoint,
+            progress: Progress::new(confirmed),
+            received: confirmed,
+            checkpoint: None,
             checkpoint_in_flight: None,
             last_checkpoint: None,
             listening: false,
             last_heard: now,
             last_status: now,
-            reported: past.confirmed,
+            reported: confirmed,
             // The first status update goes out at once: it tells the server who we are and where we stand.
             reply_wanted: true,
             ignored_changes: 0,
         }
     }
 
-    /// What is known of the past, for a caller that finds it out after it has started to send status updates. Nothing
-    /// may have been handled yet.
+    /// What earlier sessions wrote down, once it is known. Nothing may have been handled yet.
     pub fn recall(&mut self, past: Past) {
-        self.progress = Progress::new(past.confirmed);
-        self.checkpoint = past.checkpoint;
+        self.checkpoint = Some(past.checkpoint);
         self.disposal.parking = Parking::new(past.parked);
         self.disposal.refused = past.refused;
     }
@@ -244,26 +242,26 @@ impl Relay {
     }
 
     fn checkpoint_deadline(&self) -> Option<Duration> {
-        let wanted = self.progress.confirmed() > self.checkpoint && self.checkpoint_in_flight.is_none();
+        let wanted = self.checkpoint.is_some() && !self.is_covered() && self.checkpoint_in_flight.is_none();
         wanted.then(|| self.last_checkpoint.map_or(Duration::ZERO, |last| last + CHECKPOINT_INTERVAL))
     }
 
     /// Kafka has acknowledged the checkpoint.
     pub fn handle_checkpointed(&mut self) {
         if let Some(lsn) = self.checkpoint_in_flight.take() {
-            self.checkpoint = self.checkpoint.max(lsn);
+            self.checkpoint = self.checkpoint.max(Some(lsn));
         }
     }
 
     /// What the server may be told: settled, and covered by a checkpoint. Never goes backwards.
     pub fn confirmed(&self) -> Lsn {
         // A checkpoint may be ahead of what a server remembers that crashed.
-        self.progress.confirmed().min(self.checkpoint).max(self.reported)
+        self.progress.confirmed().min(self.checkpoint.unwrap_or_default()).max(self.reported)
     }
 
-    /// Whether to read on. False at the bound of what may be in flight.
+    /// Whether to read on. False at the bound of what may be in flight, and before the past is known.
     pub fn wants_input(&self) -> bool {
-        self.progress.in_flight_bytes() < self.options.in_flight_limit_bytes
+        self.checkpoint.is_some() && self.progress.in_flight_bytes() < self.options.in_flight_limit_bytes
     }
 
     /// Whether the caller reads what the server sends. While it does not, for whatever reason, the server's
@@ -320,7 +318,7 @@ impl Relay {
 
     /// Whether an acknowledged checkpoint covers everything that may be confirmed.
     pub fn is_covered(&self) -> bool {
-        self.progress.confirmed() <= self.checkpoint
+        self.checkpoint.is_some_and(|checkpoint| self.progress.confirmed() <= checkpoint)
     }
 
     /// Whether everything that was read is settled, and covered.
@@ -336,11 +334,6 @@ impl Relay {
     /// What has been read.
     pub fn received(&self) -> Lsn {
         self.received
-    }
-
-    /// The position that the last acknowledged checkpoint covers.
-    pub fn checkpoint(&self) -> Lsn {
-        self.checkpoint
     }
 
     /// Changes so far that were not inserts into the outbox.

@@ -38,8 +38,8 @@ fn started(now: Duration) -> Relay {
 }
 
 fn started_with(options: Options, now: Duration) -> Relay {
-    let past = Past { confirmed: Lsn(1), checkpoint: Lsn(1), ..Past::default() };
-    let mut relay = Relay::new(options, past, now);
+    let mut relay = Relay::new(options, Lsn(1), now);
+    relay.recall(Past { checkpoint: Lsn(1), ..Past::default() });
     relay.set_listening(true, now);
     for (oid, name) in [(OUTBOX, "outbox"), (OTHER, "orders")] {
         let bytes = encode::relation(oid, "public", name, &COLUMNS);
@@ -206,8 +206,10 @@ fn nothing_is_reported_that_no_acknowledged_checkpoint_covers() {
 
 #[test]
 fn a_checkpoint_ahead_of_the_slot_is_not_written_again_and_hides_nothing() {
-    let past = Past { confirmed: Lsn(10), checkpoint: Lsn(50), ..Past::default() };
-    let mut relay = Relay::new(options(), past, Duration::ZERO);
+    let mut relay = Relay::new(options(), Lsn(10), Duration::ZERO);
+    assert!(!relay.wants_input() && !relay.is_at_rest(), "the past is not known yet");
+    assert_eq!(relay.take_checkpoint(Duration::ZERO), None);
+    relay.recall(Past { checkpoint: Lsn(50), ..Past::default() });
     relay.handle_keepalive(Lsn(30), true, Duration::ZERO);
     assert_eq!(relay.take_checkpoint(Duration::ZERO), None);
     let status = relay.take_status(Duration::ZERO).unwrap();
@@ -246,7 +248,7 @@ fn a_row_that_is_refused_late_has_all_behind_it_parked() {
     let first = Identity { commit_lsn: Lsn(50), seq: 0 };
     let refused = HashMap::from([(first, Poison::Refused { topic: "t".into(), why: "w".into() })]);
     let mut relay = started_with(options, Duration::ZERO);
-    relay.recall(Past { confirmed: Lsn(1), checkpoint: Lsn(1), refused, parked });
+    relay.recall(Past { checkpoint: Lsn(1), refused, parked });
     feed(&mut relay, &encode::begin(50, 0));
     assert_eq!(rows.each_ref().map(|row| is_dead_letter(&mut relay, row)), [true; 3]);
     let markers: Vec<_> = relay.take_markers().into_iter().map(|m| m.parked).collect();

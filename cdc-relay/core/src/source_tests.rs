@@ -169,7 +169,8 @@ fn a_message_outside_a_transaction_is_settled_like_one() {
             status_interval: Duration::from_secs(10),
             silence_limit: Duration::from_mins(1),
         };
-        let mut relay = Relay::new(options, relay::Past::default(), now);
+        let mut relay = Relay::new(options, Lsn::ZERO, now);
+        relay.recall(relay::Past::default());
         let lone = encode::message_at(70, false, "outbox", CONTENT.as_bytes());
         let ticket =
             relay.handle_wal(Lsn(70), &lone, now).unwrap().map(|o| (o.ticket, o.record.topic.to_owned()));

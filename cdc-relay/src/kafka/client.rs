@@ -1,6 +1,8 @@
 //! The configuration that every client of Kafka here starts from.
 
-use rdkafka::{ClientConfig, config::RDKafkaLogLevel, error::KafkaError};
+use rdkafka::{
+    ClientConfig, ClientContext, config::RDKafkaLogLevel, consumer::ConsumerContext, error::KafkaError,
+};
 
 use crate::{
     config::KafkaConfig,
@@ -53,3 +55,18 @@ pub(super) fn compresses(config: &KafkaConfig) -> bool {
     let set = |name: &str| config.properties.get(name).is_some_and(|v| v.expose() != "none");
     set("compression.type") || set("compression.codec")
 }
+
+/// Of a client whose failures its caller sees: what librdkafka says beside is for whoever asks.
+pub(super) struct Quiet;
+
+impl ClientContext for Quiet {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        tracing::debug!(?level, facility, "librdkafka: {message}");
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        tracing::debug!(reason, "librdkafka: {error}");
+    }
+}
+
+impl ConsumerContext for Quiet {}

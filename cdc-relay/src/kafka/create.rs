@@ -4,11 +4,10 @@ use std::time::Duration;
 
 use rdkafka::{
     admin::{AdminClient, AdminOptions, NewTopic as NativeTopic, TopicReplication},
-    client::DefaultClientContext,
     error::RDKafkaErrorCode,
 };
 
-use super::client::{client_config, not_taken};
+use super::client::{Quiet, client_config, not_taken};
 use crate::{
     config::KafkaConfig,
     error::{Error, Kind},
@@ -29,8 +28,8 @@ pub(crate) struct NewTopic<'a> {
 
 /// Makes what is missing; for each topic, whether it was.
 pub(crate) fn create_topics(config: &KafkaConfig, topics: &[NewTopic<'_>]) -> Result<Vec<bool>, Error> {
-    let admin: AdminClient<DefaultClientContext> =
-        client_config(config).create().map_err(|e| not_taken(&e))?;
+    let admin: AdminClient<Quiet> =
+        client_config(config).create_with_context(Quiet).map_err(|e| not_taken(&e))?;
     let runtime = tokio::runtime::Builder::new_current_thread().build();
     let runtime = runtime.map_err(|e| Error::new(Kind::Internal, format!("cannot start a runtime: {e}")))?;
     let native: Vec<_> = topics.iter().map(native).collect();

@@ -10,7 +10,7 @@ use rdkafka::{
     types::RDKafkaRespErr,
 };
 
-use super::client::{client_config, not_taken};
+use super::client::{Quiet, client_config, not_taken};
 use crate::{
     config::KafkaConfig,
     error::{Error, Kind},
@@ -37,7 +37,9 @@ pub(crate) fn read_to_end(
     // Asked for by librdkafka and never joined.
     client.set("group.id", "cdc-relay-unused").set("enable.auto.commit", "false");
     client.set("enable.partition.eof", "true").set("isolation.level", "read_committed");
-    let consumer: BaseConsumer = client.create().map_err(|e| not_taken(&e))?;
+    // The end is known once a fetch comes back empty: let it come back soon.
+    client.set("fetch.wait.max.ms", "10");
+    let consumer: BaseConsumer<Quiet> = client.create_with_context(Quiet).map_err(|e| not_taken(&e))?;
     let Some(partitions) = partitions(&consumer, topic, patience)? else { return Ok(false) };
     let mut list = TopicPartitionList::new();
     for partition in &partitions {
@@ -67,7 +69,7 @@ pub(crate) fn read_to_end(
 }
 
 fn partitions(
-    consumer: &BaseConsumer,
+    consumer: &BaseConsumer<Quiet>,
     topic: &str,
     patience: &dyn Fn() -> Result<(), Error>,
 ) -> Result<Option<Vec<i32>>, Error> {

@@ -3,6 +3,7 @@
 use chrono::{SecondsFormat, Utc};
 use relay_core::{
     Outgoing,
+    poison::Poison,
     record::{Headers, Record},
 };
 use ring::digest;
@@ -38,12 +39,16 @@ pub(super) fn enqueue(
         _ => send(&whole),
     };
     match sent? {
-        Offer::Refused(poison) => {
-            let what = format!("{} cannot be dead-lettered: {poison}", whole.describe());
-            Err(Error::new(Kind::Halted, what).hint("mend poison.dead_letter_topic, then start again"))
-        }
+        Offer::Refused(poison) => Err(refused(&whole, &poison)),
         other => Ok(other),
     }
+}
+
+/// There is nothing behind the dead-letter topic.
+pub(super) fn refused(letter: &Record<'_>, poison: &Poison) -> Error {
+    let what = format!("{} cannot be dead-lettered: {poison}", letter.describe());
+    Error::new(Kind::Halted, what)
+        .hint("`cdc-relay init` creates poison.dead_letter_topic; mend it, then start again")
 }
 
 fn sha256(bytes: &[u8]) -> String {

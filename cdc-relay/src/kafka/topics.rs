@@ -12,13 +12,12 @@ use std::{
 use rdkafka::{
     ClientConfig,
     admin::{AdminClient, AdminOptions, ResourceSpecifier},
-    client::DefaultClientContext,
     metadata::MetadataTopic,
     producer::{BaseProducer, Producer as _},
     types::RDKafkaRespErr,
 };
 
-use super::reports::Context;
+use super::{client::Quiet, reports::Context};
 use crate::error::{Error, Kind};
 
 /// How long to wait for a broker's answer.
@@ -113,7 +112,7 @@ fn partitions(topic: &MetadataTopic) -> i32 {
 }
 
 fn limit_bytes(config: &ClientConfig, topic: &str) -> Option<usize> {
-    let admin: AdminClient<DefaultClientContext> = config.create().ok()?;
+    let admin: AdminClient<Quiet> = config.create_with_context(Quiet).ok()?;
     let runtime = tokio::runtime::Builder::new_current_thread().build().ok()?;
     let options = AdminOptions::new().request_timeout(Some(TIMEOUT));
     let resource = [ResourceSpecifier::Topic(topic)];

@@ -8,6 +8,8 @@ mod delivery;
 mod failures;
 mod idle;
 mod init;
+mod poison;
+mod position;
 mod relay;
 mod tls;
 mod topics;

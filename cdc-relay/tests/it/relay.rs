@@ -85,6 +85,15 @@ impl Relay {
         body.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(' ')?.parse().ok())
     }
 
+    /// A counter with labels, added up.
+    pub(crate) fn sum(&self, name: &str) -> Option<u64> {
+        let body = self.get("/metrics")?;
+        body.lines()
+            .filter_map(|l| l.strip_prefix(name)?.split_once("} "))
+            .map(|(_, n)| n.parse::<u64>().ok())
+            .sum()
+    }
+
     pub(crate) fn log(&self) -> String {
         self.log.lock().unwrap().clone()
     }

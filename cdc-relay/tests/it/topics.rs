@@ -7,7 +7,9 @@ use rdkafka::{
     admin::{AdminClient, AdminOptions, AlterConfig, NewTopic, ResourceSpecifier, TopicReplication},
     client::DefaultClientContext,
     consumer::{BaseConsumer, Consumer as _},
+    error::KafkaError,
     message::{Headers as _, OwnedMessage},
+    producer::{BaseProducer, BaseRecord, Producer as _},
 };
 
 use crate::database::{eventually, server, unique};
@@ -107,4 +109,35 @@ pub(crate) fn assert_complete_and_ordered(messages: &[OwnedMessage], count: usiz
     let missing: Vec<_> = (0..count).filter(|i| !seen[*i]).take(10).collect();
     assert!(missing.is_empty(), "missing, among others: {missing:?}");
     repeated
+}
+
+/// Writes a record, or without a value a tombstone.
+pub(crate) fn put(topic: &str, key: &str, value: Option<&str>) {
+    let producer: BaseProducer = client().create().unwrap();
+    let mut record = BaseRecord::to(topic).key(key);
+    record.payload = value;
+    producer.send(record).unwrap();
+    producer.flush(Duration::from_secs(30)).unwrap();
+}
+
+/// The records of one key in a topic of one partition, as it is now.
+pub(crate) fn read_keyed(topic: &str, key: &str) -> Vec<OwnedMessage> {
+    let consumer: BaseConsumer =
+        client().set("group.id", "none").set("enable.partition.eof", "true").create().unwrap();
+    let mut list = TopicPartitionList::new();
+    list.add_partition_offset(topic, 0, Offset::Beginning).unwrap();
+    consumer.assign(&list).unwrap();
+    let mut found = Vec::new();
+    eventually(&format!("the end of {topic}"), || match consumer.poll(Duration::from_millis(200)) {
+        Some(Err(KafkaError::PartitionEOF(_))) => Some(()),
+        Some(message) => {
+            let message = message.unwrap().detach();
+            if message.key() == Some(key.as_bytes()) {
+                found.push(message);
+            }
+            None
+        }
+        None => None,
+    });
+    found
 }

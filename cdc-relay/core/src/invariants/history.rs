@@ -115,8 +115,8 @@ pub(super) fn options(policy: Policy) -> Options {
 
 impl History {
     pub(super) fn new(policy: Policy) -> Self {
-        let past = Past { confirmed: START, checkpoint: START, ..Past::default() };
-        let mut relay = Relay::new(options(policy), past, Duration::ZERO);
+        let mut relay = Relay::new(options(policy), START, Duration::ZERO);
+        relay.recall(Past { checkpoint: START, ..Past::default() });
         relay.set_listening(true, Duration::ZERO);
         let columns =
             ["id", "aggregatetype", "aggregateid", "type", "payload", "headers"].map(|name| (name, 25));

@@ -69,13 +69,10 @@ fn start(
         status_interval: STATUS_INTERVAL,
         silence_limit: Duration::from_mins(1),
     };
-    let past = Past {
-        confirmed: Lsn(postgres.confirmed),
-        checkpoint: Lsn(kafka.checkpoint),
-        refused,
-        parked: kafka.parked.clone(),
-    };
-    Relay::new(options, past, now)
+    let past = Past { checkpoint: Lsn(kafka.checkpoint), refused, parked: kafka.parked.clone() };
+    let mut relay = Relay::new(options, Lsn(postgres.confirmed), now);
+    relay.recall(past);
+    relay
 }
 
 impl World {
