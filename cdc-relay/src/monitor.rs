@@ -29,7 +29,11 @@ pub(crate) fn run(shared: &Shared, stop: &Receiver<()>) {
     let mut connection = None;
     while stop.recv_timeout(INTERVAL) == Err(RecvTimeoutError::Timeout) {
         match look(settings, metrics, &mut connection) {
-            Ok(()) => drop(metrics.postgres_up.set(1)),
+            Ok(()) => {
+                // It answers, so it was only this connection that was ended.
+                shared.postgres_stops.store(false, Ordering::Relaxed);
+                metrics.postgres_up.set(1);
+            }
             Err(e) => {
                 connection = None;
                 if e.sqlstate.as_deref() == Some(ADMIN_SHUTDOWN) {

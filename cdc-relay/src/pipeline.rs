@@ -131,7 +131,7 @@ impl Memory {
 }
 
 /// Runs one session to its end.
-pub(crate) fn session(shared: &Shared, wakeups: &Wakeups, memory: &Memory) -> End {
+pub(crate) fn session(shared: &Shared, wakeups: &Wakeups, memory: &mut Memory) -> End {
     match begin(shared, wakeups, memory) {
         Err(error) => End { result: Err(error), was_well: false },
         Ok(mut session) => {
@@ -152,9 +152,14 @@ pub(crate) fn session(shared: &Shared, wakeups: &Wakeups, memory: &Memory) -> En
     }
 }
 
-fn begin<'a>(shared: &'a Shared, wakeups: &'a Wakeups, memory: &Memory) -> Result<Session<'a>, Error> {
+fn begin<'a>(
+    shared: &'a Shared,
+    wakeups: &'a Wakeups,
+    memory: &mut Memory,
+) -> Result<Session<'a>, Error> {
     let settings = &*shared.settings;
     let (stream, system, position, partitions) = take_slot(settings)?;
+    memory.refused.retain(|row, _| row.commit_lsn >= position.confirmed);
     let owner = Owner { system: system.identifier.clone(), slot: settings.slot.clone() };
     let reader = Reader::start(shared, owner.clone())?;
     let producer =

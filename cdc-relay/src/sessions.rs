@@ -73,7 +73,7 @@ fn attempt(shared: &Shared, wakeups: &Wakeups, course: &mut Course) -> Result<()
         Desk::open(&shared.settings)?.init()?;
     }
     course.first = false;
-    let end = pipeline::session(shared, wakeups, &course.memory);
+    let end = pipeline::session(shared, wakeups, &mut course.memory);
     if end.was_well {
         (course.backoff, course.unwell_since) = (BACKOFF_FIRST, None);
     }

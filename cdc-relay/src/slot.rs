@@ -6,7 +6,7 @@ use crate::{
     config::Settings,
     error::{Error, Kind},
     publication,
-    replication::connection::Connection,
+    replication::{connection::Connection, handshake::APPLICATION_NAME},
 };
 
 /// What a session has to know about its slot before it starts.
@@ -36,10 +36,30 @@ pub(crate) fn verify(connection: &mut Connection, settings: &Settings) -> Result
             .hint("`cdc-relay init` creates it where it never was. Where it was, take what is missing from the outbox table; then `cdc-relay \
                    accept-gap` creates a new one"));
     };
-    let rows =
-        connection.simple_query("SELECT setting FROM pg_settings WHERE name = 'wal_sender_timeout'")?;
-    let timeout = rows.first().and_then(|r| r.first()?.as_deref()?.parse().ok());
-    Ok(Position { confirmed, wal_sender_timeout_ms: timeout.unwrap_or(0) })
+    let mut setting = |name: &str| -> Result<String, Error> {
+        let rows = connection.query("SELECT setting FROM pg_settings WHERE name = $1", &[name])?;
+        Ok(rows.into_iter().flatten().flatten().next().unwrap_or_default())
+    };
+    let standbys = setting("synchronous_standby_names")?;
+    if counts_us(&standbys) {
+        let what = format!(
+            "synchronous_standby_names is {standbys:?}, which makes the relay a synchronous standby: while Kafka is away, \
+             no transaction could commit"
+        );
+        return Err(Error::new(Kind::Halted, what)
+            .hint("name the standbys in it one by one, without * and without cdc-relay, and reload the server"));
+    }
+    Ok(Position { confirmed, wal_sender_timeout_ms: setting("wal_sender_timeout")?.parse().unwrap_or(0) })
+}
+
+/// Whether `synchronous_standby_names` includes our `application_name`
+/// (<https://www.postgresql.org/docs/current/runtime-config-replication.html#GUC-SYNCHRONOUS-STANDBY-NAMES>).
+fn counts_us(standbys: &str) -> bool {
+    let mut names = standbys.split(|c: char| c == ',' || c == '(' || c == ')' || c.is_whitespace());
+    names.any(|name| {
+        let name = name.trim_matches('"');
+        name == "*" || name.eq_ignore_ascii_case(APPLICATION_NAME)
+    })
 }
 
 /// A slot as `pg_replication_slots` has it
@@ -131,3 +151,18 @@ pub(crate) fn make_slot(connection: &mut Connection, settings: &Settings) -> Res
 }
 
 const CREATE_SLOT_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(600);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_synchronous_standby_is_recognised() {
+        for ours in ["*", "FIRST 1 (a, *)", "ANY 2 (\"cdc-relay\", b)", "a,CDC-Relay", "2 (a,*)"] {
+            assert!(counts_us(ours), "{ours}");
+        }
+        for others in ["", "a", "FIRST 1 (a, b)", "ANY 1 (cdc-relay-2)", "\"a b\""] {
+            assert!(!counts_us(others), "{others}");
+        }
+    }
+}

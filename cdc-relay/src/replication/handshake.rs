@@ -21,6 +21,9 @@ use super::{
 };
 use crate::error::{Error, Kind};
 
+/// What `pg_stat_activity` and `pg_stat_replication` call us.
+pub(crate) const APPLICATION_NAME: &str = "cdc-relay";
+
 /// What a connection is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Purpose {
@@ -44,7 +47,7 @@ pub(super) fn connect(
     let mut parameters = vec![
         ("user", info.user.as_str()),
         ("database", info.database.as_str()),
-        ("application_name", "cdc-relay"),
+        ("application_name", APPLICATION_NAME),
         ("client_encoding", "UTF8"),
     ];
     if purpose == Purpose::Replication {
