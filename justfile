@@ -111,6 +111,10 @@ psql *args:
 test *args:
     cargo xtask test "$@"
 
+# What the relay costs, in proportion to pg_recvlogical; a short run: `just bench --workload single --rows-factor 0.1`
+bench *args:
+    cargo xtask bench drain "$@"
+
 # Format everything
 fmt:
     cargo fmt --all

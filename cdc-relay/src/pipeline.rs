@@ -30,6 +30,7 @@ use crate::{
     replication::{
         connection::Connection,
         handshake::Purpose,
+        pace::Pace,
         stream::{Event, ReplicationStream},
     },
     shared::Shared,
@@ -37,9 +38,6 @@ use crate::{
     wait::Wakeups,
 };
 
-/// After the socket was drained under load: long enough for the server to gather rows into one write, short
-/// enough not to leave its socket full.
-const NAP: Duration = Duration::from_micros(200);
 /// At most so many events between two looks at the acknowledgements and the clock.
 const EVENTS_PER_ROUND: usize = 1024;
 /// How soon a record that could not be enqueued is tried again.
@@ -77,8 +75,7 @@ struct Session<'a> {
     /// Scratch for acknowledgements.
     acknowledged: Vec<Ticket>,
     ignored_before: u64,
-    /// Whether rows have come since the last nap.
-    busy: bool,
+    pace: Pace,
     /// When Postgres was first seen to shut down.
     postgres_stops_since: Option<Duration>,
     /// Whether Kafka has acknowledged something, or a while has passed with nothing to do.
@@ -152,11 +149,7 @@ pub(crate) fn session(shared: &Shared, wakeups: &Wakeups, memory: &mut Memory) -
     }
 }
 
-fn begin<'a>(
-    shared: &'a Shared,
-    wakeups: &'a Wakeups,
-    memory: &mut Memory,
-) -> Result<Session<'a>, Error> {
+fn begin<'a>(shared: &'a Shared, wakeups: &'a Wakeups, memory: &mut Memory) -> Result<Session<'a>, Error> {
     let settings = &*shared.settings;
     let (stream, system, position, partitions) = take_slot(settings)?;
     memory.refused.retain(|row, _| row.commit_lsn >= position.confirmed);
@@ -164,15 +157,7 @@ fn begin<'a>(
     let reader = Reader::start(shared, owner.clone())?;
     let producer =
         Producer::new(&settings.kafka, memory.batch, shared.waker.clone(), shared.metrics.clone())?;
-    let options = Options {
-        source: source::Options { partitions, ..settings.source.clone() },
-        policies: settings.policies,
-        dead_letter_topic: settings.dead_letter_topic.clone(),
-        in_flight_limit_bytes: settings.in_flight_limit_bytes,
-        status_interval: status_interval(position.wal_sender_timeout_ms),
-        // The server may be busy decoding, and looks at our requests for a reply no sooner than it would care.
-        silence_limit: settings.silence_limit.max(Duration::from_millis(position.wal_sender_timeout_ms)),
-    };
+    let options = relay_options(settings, &position, partitions);
     shared.postgres_stops.store(false, Ordering::Relaxed);
     shared.metrics.sessions.inc();
     shared.metrics.standby.set(0);
@@ -194,15 +179,30 @@ fn begin<'a>(
         pending: None,
         acknowledged: Vec::new(),
         ignored_before: 0,
-        busy: false,
+        pace: Pace::new(),
         postgres_stops_since: None,
         is_well: false,
         waiting_since: Duration::ZERO,
     })
 }
 
+/// What the state machine has to know for a session on this slot.
+pub(crate) fn relay_options(settings: &Settings, position: &Position, partitions: Partitions) -> Options {
+    Options {
+        source: source::Options { partitions, ..settings.source.clone() },
+        policies: settings.policies,
+        dead_letter_topic: settings.dead_letter_topic.clone(),
+        in_flight_limit_bytes: settings.in_flight_limit_bytes,
+        status_interval: status_interval(position.wal_sender_timeout_ms),
+        // The server may be busy decoding, and looks at our requests for a reply no sooner than it would care.
+        silence_limit: settings.silence_limit.max(Duration::from_millis(position.wal_sender_timeout_ms)),
+    }
+}
+
 /// Takes the slot, then looks at where it stands: before, another process could still move it.
-fn take_slot(settings: &Settings) -> Result<(ReplicationStream, System, Position, Partitions), Error> {
+pub(crate) fn take_slot(
+    settings: &Settings,
+) -> Result<(ReplicationStream, System, Position, Partitions), Error> {
     let mut connection = Connection::connect(&settings.postgres, Purpose::Sql, settings.connect_timeout)?;
     let stream = ReplicationStream::start(
         &settings.postgres,
@@ -361,19 +361,14 @@ impl Session<'_> {
             match self.stream.next_event()? {
                 None => {
                     if !self.stream.fill()? {
-                        // Drained. Under load, let the server gather rows into its next write.
-                        let nap = std::mem::take(&mut self.busy);
-                        if nap {
-                            std::thread::sleep(NAP);
-                        }
-                        return Ok(nap);
+                        return Ok(self.pace.drained());
                     }
                 }
                 Some(Event::Keepalive { wal_end, reply_requested }) => {
                     self.relay.handle_keepalive(wal_end, reply_requested, now);
                 }
                 Some(Event::Wal { start, message }) => {
-                    self.busy = true;
+                    self.pace.message();
                     let placed = match self.relay.handle_wal(start, message, now)? {
                         None => Placed::Done,
                         Some(record) => {

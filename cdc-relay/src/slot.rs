@@ -46,8 +46,9 @@ pub(crate) fn verify(connection: &mut Connection, settings: &Settings) -> Result
             "synchronous_standby_names is {standbys:?}, which makes the relay a synchronous standby: while Kafka is away, \
              no transaction could commit"
         );
-        return Err(Error::new(Kind::Halted, what)
-            .hint("name the standbys in it one by one, without * and without cdc-relay, and reload the server"));
+        return Err(Error::new(Kind::Halted, what).hint(
+            "name the standbys in it one by one, without * and without cdc-relay, and reload the server",
+        ));
     }
     Ok(Position { confirmed, wal_sender_timeout_ms: setting("wal_sender_timeout")?.parse().unwrap_or(0) })
 }

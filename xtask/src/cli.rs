@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+pub(crate) use crate::bench::Workload;
+
 #[derive(Debug, Parser)]
 #[command(
     name = "cargo xtask",
@@ -37,6 +39,9 @@ pub(crate) enum Command {
     Sim(Sim),
     /// Fuzz the relay's core; needs a C++ compiler (g++), nothing else
     Fuzz(Fuzz),
+    /// Measure what the relay does, on servers of its own
+    #[command(subcommand)]
+    Bench(Bench),
 }
 
 #[derive(Debug, Clone, Args)]
@@ -62,6 +67,40 @@ pub(crate) enum Target {
     Pgoutput,
     /// A session, from bytes to records and confirmed LSNs
     Stream,
+}
+
+#[derive(Debug, Clone, Subcommand)]
+pub(crate) enum Bench {
+    /// How fast the relay drains a slot's log, in proportion to `pg_recvlogical` over the same log
+    Drain(Drain),
+}
+
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Drain {
+    /// What is drained; repeatable [default: all of them]
+    #[arg(long, value_enum, value_name = "NAME")]
+    pub workload: Vec<Workload>,
+    /// How often every reader drains every workload
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub rounds: u32,
+    /// A part or a multiple of each workload's rows
+    #[arg(long, value_name = "FACTOR", default_value_t = 1.0, value_parser = factor)]
+    pub rows_factor: f64,
+    /// The version of Postgres
+    #[arg(long, value_enum, default_value = "18")]
+    pub postgres: Postgres,
+    /// A Postgres setting, e.g. `wal_sender_timeout=10s`; repeatable
+    #[arg(long, value_name = "NAME=VALUE", value_parser = setting)]
+    pub postgres_set: Vec<(String, String)>,
+    /// Another build of cdc-relay, which is measured beside the one of this repository
+    #[arg(long, value_name = "FILE")]
+    pub against: Option<PathBuf>,
+    /// Print the numbers as JSON on standard output
+    #[arg(long)]
+    pub json: bool,
+    /// Take the relay's binary as it is
+    #[arg(long, env = NO_BUILD)]
+    pub no_build: bool,
 }
 
 #[derive(Debug, Clone, Args)]
@@ -208,6 +247,12 @@ fn setting(text: &str) -> Result<(String, String), String> {
         return Err("a value is one line".to_owned());
     }
     Ok((name.to_owned(), value.to_owned()))
+}
+
+fn factor(text: &str) -> Result<f64, String> {
+    let bounds = 0.000_1..=10.0;
+    let factor = text.parse().ok().filter(|factor| bounds.contains(factor));
+    factor.ok_or_else(|| "a number from 0.0001 to 10".to_owned())
 }
 
 fn scale(text: &str) -> Result<(String, u16), String> {

@@ -1,6 +1,7 @@
 //! The local stack and the developer's tools: `cargo xtask up | down | status | logs | restart | test | …`.
 
 mod backoff;
+mod bench;
 mod cli;
 mod control;
 mod crew;
@@ -74,6 +75,7 @@ async fn run(command: &Command) -> Result<()> {
         Command::Test(args) => test::test(args).await,
         Command::Sim(args) => sim::sim(args).await,
         Command::Fuzz(args) => fuzz::fuzz(args).await,
+        Command::Bench(command) => bench::bench(command).await,
     }
 }
 

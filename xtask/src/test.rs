@@ -31,6 +31,9 @@ const GRACE: Duration = Duration::from_secs(5);
 /// In the environment of the tests and all that they start: the process id of the `cargo xtask test`.
 const MARK: &str = "XTASK_TEST";
 
+/// Folders of test runs under `.stack/` begin with it.
+const PREFIX: &str = "test-";
+
 /// How many tests passed and failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 struct Count {
@@ -42,13 +45,13 @@ struct Count {
 pub(crate) async fn test(args: &cli::Test) -> Result<()> {
     let progress = Progress::new(None);
     let home = Layout::open(None)?;
-    sweep(&home, &progress).await;
+    sweep(&home, PREFIX, &progress).await;
     prerequisites::disk(&home.dir)?;
     prerequisites::java()?;
     maven::kafka(&home, &progress)?;
     postgres::install(&home, &progress, args.postgres)?;
     compile(args, &home, &progress)?;
-    let layout = Layout::open(Some(&home.dir.join(format!("test-{}", std::process::id()))))?;
+    let layout = Layout::open(Some(&home.dir.join(format!("{PREFIX}{}", std::process::id()))))?;
     let mut stack = Stack::start(&servers(&layout, args.postgres), &layout, &progress).await?;
     let result = run(args, &home, &mut stack).await;
     // Stacks that tests started and could not stop, because they were interrupted or crashed.
@@ -103,11 +106,11 @@ fn servers(layout: &Layout, postgres: cli::Postgres) -> Up {
     }
 }
 
-/// Clears away what test runs left that were killed.
-async fn sweep(home: &Layout, progress: &Progress) {
+/// Clears away what runs left that were killed: stacks in folders that begin with `prefix`.
+pub(crate) async fn sweep(home: &Layout, prefix: &str, progress: &Progress) {
     let entries = fs::read_dir(&home.dir).into_iter().flatten().filter_map(io::Result::ok);
     for entry in entries {
-        let ours = entry.file_name().to_str().is_some_and(|name| name.starts_with("test-"));
+        let ours = entry.file_name().to_str().is_some_and(|name| name.starts_with(prefix));
         let Some(layout) = ours.then(|| Layout::open(Some(&entry.path())).ok()).flatten() else { continue };
         if let Ok(Some(_lock)) = state::lock(&layout) {
             down::clear(&layout, progress).await;

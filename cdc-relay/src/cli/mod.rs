@@ -2,6 +2,7 @@
 
 mod accept_gap;
 mod init;
+mod probe;
 mod run;
 
 use std::{path::PathBuf, process::ExitCode};
@@ -75,6 +76,12 @@ enum Command {
     ///
     /// Without --yes it only says what it would do, and exits with 65 if that is anything.
     AcceptGap(accept_gap::AcceptGap),
+    /// Read and decode the slot's log to nowhere, and say how fast that went.
+    ///
+    /// Tells how fast this Postgres can give us this slot's log, and nothing else happens: nothing is published, and
+    /// nothing is confirmed, so that the relay reads all of it again. It needs the slot for itself; a relay that
+    /// starts meanwhile stands by.
+    Probe(probe::Probe),
     /// Things about the configuration.
     Config {
         #[command(subcommand)]
@@ -129,6 +136,7 @@ fn carry_out(cli: Cli) -> Result<(), Failure> {
     match cli.command {
         Some(Command::Init) => init::init(&settings),
         Some(Command::AcceptGap(command)) => accept_gap::accept_gap(&settings, &command),
+        Some(Command::Probe(probe)) => probe::probe(&settings, &probe),
         _ => run::run(settings),
     }
 }

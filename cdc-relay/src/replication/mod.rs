@@ -4,6 +4,7 @@
 pub(crate) mod connection;
 pub(crate) mod conninfo;
 pub(crate) mod handshake;
+pub(crate) mod pace;
 mod server_error;
 pub(crate) mod stream;
 mod tls;

@@ -10,6 +10,7 @@ mod idle;
 mod init;
 mod poison;
 mod position;
+mod probe;
 mod relay;
 mod tls;
 mod topics;
