@@ -2,7 +2,7 @@
 //! compacted topics, each entry under a key that begins with the cluster's system identifier and the slot.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, btree_map::Entry as Slot},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -39,6 +39,10 @@ pub(crate) struct Checkpoint {
     pub(crate) lsn: Lsn,
     /// How many changes behind `lsn` are settled as well: always 0, whole transactions only.
     pub(crate) seq: u64,
+    /// Counts the times that a gap was accepted: a checkpoint of a later generation supersedes those before it, whatever
+    /// their LSNs.
+    #[serde(default)]
+    pub(crate) generation: u64,
     /// The timeline that `lsn` belongs to.
     pub(crate) timeline: u32,
     /// Who wrote it: host and process id.
@@ -87,11 +91,17 @@ pub(crate) struct Ledger {
 }
 
 impl Ledger {
+    /// How often a gap was accepted so far.
+    pub(crate) fn generation(&self) -> u64 {
+        self.checkpoint.as_ref().map_or(0, |c| c.generation)
+    }
+
     /// Reads it, waiting for Kafka as long as `patience` is Ok.
     pub(crate) fn read(settings: &Settings, owner: &Owner, patience: Patience<'_>) -> Result<Self, Error> {
         let suffix = format!("/{}", owner.slot);
         let topic = &settings.kafka.checkpoint_topic;
-        let entries = read_entries(settings, topic, patience, |key| key.ends_with(&suffix))?;
+        let wanted = |key: &str| key.ends_with(&suffix);
+        let entries = read_entries(settings, topic, patience, wanted, supersedes)?;
         let mut checkpoints = entries.unwrap_or_default();
         let checkpoint = checkpoints.remove(&owner.key()).map(|value| parse(topic, &value)).transpose()?;
         let others = checkpoints.iter().filter_map(|(key, value)| {
@@ -99,8 +109,12 @@ impl Ledger {
             Some((key.strip_suffix(&suffix)?.to_owned(), serde_json::from_slice(value).ok()?))
         });
         let mut ledger = Self { checkpoint, others: others.collect(), parked: BTreeMap::new() };
-        if settings.may_park() {
-            ledger.read_parked(settings, owner, patience)?;
+        match ledger.read_parked(settings, owner, patience) {
+            // Without a policy that parks there may be no such topic, or none for us.
+            Err(e) if !settings.may_park() && matches!(e.kind, Kind::Halted | Kind::Refused) => {
+                tracing::debug!("parked keys are not read: {e}");
+            }
+            read => read?,
         }
         Ok(ledger)
     }
@@ -113,7 +127,8 @@ impl Ledger {
     ) -> Result<(), Error> {
         let prefix = format!("{}/", owner.key());
         let topic = &settings.parked_keys_topic;
-        let Some(entries) = read_entries(settings, topic, patience, |key| key.starts_with(&prefix))? else {
+        let wanted = |key: &str| key.starts_with(&prefix);
+        let Some(entries) = read_entries(settings, topic, patience, wanted, |_, _| true)? else {
             let what = format!("topic {topic} does not exist, and a policy in [poison] is park-key");
             return Err(Error::new(Kind::Halted, what).hint("`cdc-relay init` creates it"));
         };
@@ -126,20 +141,39 @@ impl Ledger {
     }
 }
 
-/// The last value of each key that `wanted` wants; None when there is no such topic.
+/// Whether the checkpoint that comes later in the topic is the later one. A relay that lost its slot while it was
+/// frozen may still write one when it wakes, after its successor's.
+fn supersedes(earlier: &[u8], later: &[u8]) -> bool {
+    let order = |value| serde_json::from_slice::<Checkpoint>(value).ok().map(|c| (c.generation, c.lsn));
+    match (order(earlier), order(later)) {
+        (Some(earlier), Some(later)) => later >= earlier,
+        // One that cannot be read must not be hidden.
+        (earlier, _) => earlier.is_some(),
+    }
+}
+
+/// The value of each key that `wanted` wants: the last, of those that supersede the one before. None when there is no
+/// such topic.
 fn read_entries(
     settings: &Settings,
     topic: &str,
     patience: Patience<'_>,
     wanted: impl Fn(&str) -> bool,
+    supersedes: impl Fn(&[u8], &[u8]) -> bool,
 ) -> Result<Option<BTreeMap<String, Vec<u8>>>, Error> {
-    let mut entries = BTreeMap::new();
+    let mut entries: BTreeMap<String, Vec<u8>> = BTreeMap::new();
     let exists = kafka::read_to_end(&settings.kafka, topic, patience, |message| {
         let key = message.key().and_then(|key| std::str::from_utf8(key).ok());
         let Some(key) = key.filter(|key| wanted(key)) else { return };
         match message.payload() {
             None => drop(entries.remove(key)),
-            Some(value) => drop(entries.insert(key.to_owned(), value.to_vec())),
+            Some(value) => match entries.entry(key.to_owned()) {
+                Slot::Vacant(free) => drop(free.insert(value.to_vec())),
+                Slot::Occupied(mut taken) if supersedes(taken.get(), value) => {
+                    taken.insert(value.to_vec());
+                }
+                Slot::Occupied(_) => {}
+            },
         }
     })?;
     Ok(exists.then_some(entries))
@@ -204,19 +238,22 @@ impl Drop for Reader {
 pub(crate) struct Writer {
     pub(crate) owner: Owner,
     pub(crate) timeline: u32,
+    /// Of the checkpoints that it writes.
+    pub(crate) generation: u64,
     instance: String,
 }
 
 impl Writer {
     pub(crate) fn new(owner: Owner, timeline: u32) -> Self {
         let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
-        Self { owner, timeline, instance: format!("{host}/{}", std::process::id()) }
+        Self { owner, timeline, generation: 0, instance: format!("{host}/{}", std::process::id()) }
     }
 
     pub(crate) fn checkpoint(&self, settings: &Settings, lsn: Lsn) -> Entry {
         let checkpoint = Checkpoint {
             lsn,
             seq: 0,
+            generation: self.generation,
             timeline: self.timeline,
             instance: self.instance.clone(),
             publication: settings.publication.clone(),
@@ -260,5 +297,28 @@ mod lsn_text {
 
     pub(super) fn deserialize<'de, D: Deserializer<'de>>(input: D) -> Result<Lsn, D::Error> {
         String::deserialize(input)?.parse().map_err(D::Error::custom)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_late_checkpoint_of_a_relay_that_lost_its_slot_supersedes_nothing() {
+        let checkpoint = |generation, lsn: &str| {
+            format!(
+                r#"{{"lsn":"{lsn}","seq":0,"generation":{generation},"timeline":1,"instance":"i","publication":"p","at":"t"}}"#
+            )
+        };
+        let supersedes = |earlier: &str, later: &str| supersedes(earlier.as_bytes(), later.as_bytes());
+        assert!(supersedes(&checkpoint(0, "0/5"), &checkpoint(0, "0/6")));
+        assert!(!supersedes(&checkpoint(0, "0/6"), &checkpoint(0, "0/5")));
+        // A gap was accepted, for instance because the server was restored.
+        assert!(supersedes(&checkpoint(0, "0/6"), &checkpoint(1, "0/2")));
+        assert!(!supersedes(&checkpoint(1, "0/2"), &checkpoint(0, "0/7")));
+        assert!(
+            supersedes(&checkpoint(0, "0/6"), "damaged") && !supersedes("damaged", &checkpoint(0, "0/6"))
+        );
     }
 }

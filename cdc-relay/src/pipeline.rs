@@ -274,6 +274,7 @@ impl Session<'_> {
         self.reader = None;
         let ledger = ledger?;
         let checkpoint = position::judge(&ledger, self.confirmed_at_start, &self.system)?;
+        self.writer.generation = ledger.generation();
         let past = Past { checkpoint, refused: std::mem::take(&mut self.refused), parked: ledger.parked };
         self.relay.recall(past);
         self.is_admitted = true;

@@ -127,6 +127,7 @@ mod tests {
         let checkpoint = Checkpoint {
             lsn: Lsn(lsn),
             seq: 0,
+            generation: 0,
             timeline,
             instance: text("i"),
             publication: text("p"),

@@ -80,7 +80,7 @@ impl<'a> Desk<'a> {
         let checkpoint = if self.ledger.checkpoint.is_some() {
             Made::Existed
         } else {
-            self.write_checkpoint(confirmed)?;
+            self.write_checkpoint(confirmed, 0)?;
             Made::Created
         };
         Ok(Report { publication, slot, confirmed, checkpoint })
@@ -128,11 +128,16 @@ impl<'a> Desk<'a> {
         slot::find_slot(&mut self.connection, self.settings)?.ok_or_else(gone)
     }
 
-    /// Writes a checkpoint that does not follow from the last one.
-    pub(crate) fn write_checkpoint(&self, lsn: Lsn) -> Result<(), Error> {
+    /// Writes a checkpoint that does not follow from the last one, and supersedes it.
+    pub(crate) fn accept(&self, lsn: Lsn) -> Result<(), Error> {
+        self.write_checkpoint(lsn, self.ledger.generation() + 1)
+    }
+
+    fn write_checkpoint(&self, lsn: Lsn, generation: u64) -> Result<(), Error> {
         let owner = Owner { system: self.system.identifier.clone(), slot: self.settings.slot.clone() };
-        let entry = Writer::new(owner, self.system.timeline).checkpoint(self.settings, lsn);
-        put(self.settings, &entry)
+        let mut writer = Writer::new(owner, self.system.timeline);
+        writer.generation = generation;
+        put(self.settings, &writer.checkpoint(self.settings, lsn))
     }
 }
 

@@ -78,7 +78,7 @@ pub(super) fn accept_gap(settings: &Settings, command: &AcceptGap) -> Result<(),
             Plan::Advance(to) => desk.advance(to)?,
             Plan::TakeAsItIs(lsn) => lsn,
         };
-        desk.write_checkpoint(lsn)?;
+        desk.accept(lsn)?;
         Ok(lsn)
     };
     let mut carry_out = carry_out;
