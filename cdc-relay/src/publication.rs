@@ -171,9 +171,11 @@ fn verify_columns(
     let set = |rows: Vec<Vec<Option<String>>>| rows.into_iter().flatten().flatten().collect::<HashSet<_>>();
     let sql = "SELECT attname::text FROM pg_attribute WHERE attrelid = $1::text::oid AND attnum > 0 AND NOT attisdropped";
     let there = set(connection.query(sql, &[&table.oid])?);
-    let sql = "SELECT unnest(attnames)::text FROM pg_publication_tables \
-               WHERE pubname = $1 AND schemaname = $2 AND tablename = $3";
-    let published = set(connection.query(sql, &[name, schema, relation])?);
+    // Before version 18 generated columns are listed, and never sent.
+    let sql = "SELECT attname::text FROM pg_publication_tables JOIN pg_attribute ON attrelid = $4::text::oid AND attname = ANY (attnames) \
+               WHERE pubname = $1 AND schemaname = $2 AND tablename = $3 \
+               AND (attgenerated = '' OR current_setting('server_version_num')::int >= 180000)";
+    let published = set(connection.query(sql, &[name, schema, relation, &table.oid])?);
     for column in outbox.required_columns() {
         if !there.contains(column) {
             return halted(

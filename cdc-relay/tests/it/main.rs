@@ -12,5 +12,7 @@ mod poison;
 mod position;
 mod probe;
 mod relay;
+mod shapes;
+mod shapes_refused;
 mod tls;
 mod topics;

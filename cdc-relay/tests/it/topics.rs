@@ -25,6 +25,15 @@ impl Topic {
     pub(crate) fn new(partitions: i32, configuration: &[(&str, &str)]) -> Self {
         let kind = format!("k{}", unique());
         let name = format!("outbox.event.{kind}");
+        Self::make(kind, name, partitions, configuration)
+    }
+
+    /// A topic of one partition and that name.
+    pub(crate) fn named(name: &str) -> Self {
+        Self::make(String::new(), name.to_owned(), 1, &[])
+    }
+
+    fn make(kind: String, name: String, partitions: i32, configuration: &[(&str, &str)]) -> Self {
         let mut new = NewTopic::new(&name, partitions, TopicReplication::Fixed(1));
         for (key, value) in configuration {
             new = new.set(key, value);
