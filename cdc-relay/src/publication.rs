@@ -9,8 +9,14 @@ use crate::{
     config::Settings,
     error::{Error, Kind},
     replication::connection::Connection,
-    slot::Made,
 };
+
+/// Whether `init` found a thing or made it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Made {
+    Existed,
+    Created,
+}
 
 /// A publication's own settings.
 struct Publication {

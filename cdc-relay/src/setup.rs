@@ -12,9 +12,9 @@ use crate::{
     kafka::{Batch, NewTopic, Producer, create_topics},
     ledger::{Checkpoint, Entry, Ledger, Owner, Writer},
     position::{self, System},
-    publication,
+    publication::{self, Made},
     replication::{connection::Connection, handshake::Purpose, stream::identify},
-    slot::{self, Made, Slot},
+    slot::{self, Slot},
     wait,
 };
 

@@ -18,13 +18,6 @@ pub(crate) struct Position {
     pub(crate) wal_sender_timeout_ms: u64,
 }
 
-/// Whether `init` found a thing or made it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Made {
-    Existed,
-    Created,
-}
-
 /// Checks that slot and publication are there and are what we need.
 ///
 /// # Errors

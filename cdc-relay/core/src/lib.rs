@@ -3,6 +3,7 @@
 //! test feeds bytes and asserts what comes out.
 
 mod disposal;
+mod draft;
 mod headers;
 pub mod lsn;
 mod message;

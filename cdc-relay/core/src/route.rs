@@ -1,11 +1,8 @@
 //! Where a record goes: its topic.
 
-use std::{collections::BTreeMap, fmt, str};
+use std::{fmt, str};
 
-use crate::{
-    outbox::{Outbox, Slots},
-    poison::Poison,
-};
+use crate::poison::Poison;
 
 /// Kafka's limit on a topic's name, in characters
 /// (<https://kafka.apache.org/documentation/#basic_ops_add_topic>).
@@ -96,39 +93,30 @@ impl TopicTemplate {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Route(Vec<Part<usize>>);
 
-/// Writes a row's topic into `out`: its own where it has one, else what `by_type` has for its type, else what the
-/// outbox's template says.
-///
-/// # Errors
-/// That is not a legal name, which `out` then holds, or a column that the template names is NULL.
-pub(crate) fn put_topic(
-    out: &mut String,
-    outbox: &Outbox,
-    slots: &Slots<'_>,
-    (own, event_type): (Option<&str>, &str),
-    by_type: &BTreeMap<String, String>,
-) -> Result<(), Poison> {
-    out.clear();
-    if let Some(topic) = own {
-        out.push_str(topic);
-    } else if let Some(topic) = by_type.get(event_type) {
-        out.push_str(topic);
-        return Ok(());
-    } else {
-        for part in &outbox.route().0 {
+impl Route {
+    /// Adds the topic to `out`. The values are by their slots, and `name_of` is what a slot's is called.
+    ///
+    /// # Errors
+    /// A value that it needs is NULL, or not text.
+    pub(crate) fn put(
+        &self,
+        out: &mut String,
+        slots: &[Option<&[u8]>],
+        name_of: impl Fn(usize) -> String,
+    ) -> Result<(), Poison> {
+        for part in &self.0 {
             match part {
                 Part::Literal(text) => out.push_str(text),
                 Part::Place(slot) => {
-                    let name = || outbox.slot_name(*slot).to_owned();
-                    let value =
-                        slots.get(*slot).copied().flatten().ok_or_else(|| Poison::NullColumn(name()))?;
-                    let not_text = |_| Poison::BadColumn(name(), "is not UTF-8");
+                    let value = slots.get(*slot).copied().flatten();
+                    let value = value.ok_or_else(|| Poison::NullColumn(name_of(*slot)))?;
+                    let not_text = |_| Poison::BadColumn(name_of(*slot), "is not UTF-8");
                     out.push_str(str::from_utf8(value).map_err(not_text)?);
                 }
             }
         }
+        Ok(())
     }
-    if is_legal_topic(out) { Ok(()) } else { Err(Poison::IllegalTopic(out.clone())) }
 }
 
 fn is_topic_character(c: char) -> bool {
@@ -146,61 +134,9 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::outbox::{Field, OutboxTable, SLOTS};
-
-    const AGGREGATE_TYPE: usize = Field::AggregateType as usize;
-
-    /// The topic of a row of aggregate type `order`, type `OrderCreated`, and as column `tenant` what is given.
-    fn topic(template: &str, own: Option<&str>, tenant: Option<&[u8]>) -> (String, Result<(), Poison>) {
-        let topic = TopicTemplate::parse(template).unwrap();
-        let outbox = Outbox::new(OutboxTable { topic, ..OutboxTable::default() }).unwrap();
-        let mut slots: Slots<'_> = [None; SLOTS];
-        slots[AGGREGATE_TYPE] = Some(b"order");
-        slots[Field::EventType as usize] = Some(b"OrderCreated");
-        if let Some(slot) = outbox.slot("tenant") {
-            slots[slot] = tenant;
-        }
-        let by_type = BTreeMap::from([("OrderMapped".to_owned(), "mapped".to_owned())]);
-        let mut out = "left over".to_owned();
-        let result = put_topic(&mut out, &outbox, &slots, (own, "OrderCreated"), &by_type);
-        (out, result)
-    }
 
     #[test]
-    fn places_are_filled_and_the_rows_own_topic_wins() {
-        let tenant = Some(&b"t1"[..]);
-        for (template, own, expected) in [
-            ("outbox.event.${aggregatetype}", None, "outbox.event.order"),
-            ("outbox.event.${routedByValue}", None, "outbox.event.order"),
-            ("${aggregatetype}-${type}", None, "order-OrderCreated"),
-            ("${tenant}.${aggregatetype}.${tenant}", None, "t1.order.t1"),
-            ("constant", None, "constant"),
-            ("${aggregatetype}-events", Some("mine"), "mine"),
-        ] {
-            assert_eq!(topic(template, own, tenant), (expected.to_owned(), Ok(())));
-        }
-    }
-
-    #[test]
-    fn a_types_topic_comes_before_the_template_and_after_the_rows_own() {
-        let outbox = Outbox::new(OutboxTable::default()).unwrap();
-        let by_type = BTreeMap::from([("T".to_owned(), "t-topic".to_owned())]);
-        let (mut out, slots) = (String::new(), [None; SLOTS]);
-        put_topic(&mut out, &outbox, &slots, (None, "T"), &by_type).unwrap();
-        assert_eq!(out, "t-topic");
-        put_topic(&mut out, &outbox, &slots, (Some("own"), "T"), &by_type).unwrap();
-        assert_eq!(out, "own");
-    }
-
-    #[test]
-    fn a_place_without_a_value_and_an_illegal_name_are_told() {
-        assert_eq!(topic("${tenant}", None, None).1, Err(Poison::NullColumn("tenant".into())));
-        let not_text = Poison::BadColumn("tenant".into(), "is not UTF-8");
-        assert_eq!(topic("${tenant}", None, Some(b"\xFF")).1, Err(not_text));
-        let illegal = |name: &str| Err(Poison::IllegalTopic(name.into()));
-        assert_eq!(topic("${tenant}", None, Some(b"a b")), ("a b".into(), illegal("a b")));
-        assert_eq!(topic("x", Some("a/b"), None), ("a/b".into(), illegal("a/b")));
-        assert_eq!(topic("x", Some(""), None).1, illegal(""));
+    fn names_are_legal_that_kafka_takes() {
         let limit = TOPIC_MAX_LENGTH;
         for bad in ["", ".", "..", "a b", "ä", "a\0", &"x".repeat(limit + 1)] {
             assert!(!is_legal_topic(bad), "{bad:?}");
@@ -223,13 +159,6 @@ mod tests {
         #[test]
         fn parsing_is_total(text: String) {
             let _ = TopicTemplate::parse(&text);
-        }
-
-        /// Whatever a row holds: a legal topic, or poison.
-        #[test]
-        fn a_topic_is_legal_or_poison(tenant: Vec<u8>, own: Option<String>) {
-            let (name, result) = topic("a${tenant}", own.as_deref(), Some(&tenant));
-            prop_assert_eq!(result.is_ok(), is_legal_topic(&name) && (own.is_some() || str::from_utf8(&tenant).is_ok()));
         }
     }
 }

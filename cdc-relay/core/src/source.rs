@@ -2,21 +2,20 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
-    fmt::{self, Write as _},
+    fmt,
 };
 
-pub use crate::headers::CloudEvents;
 use crate::{
     Lsn,
-    headers::Ingredients,
+    draft::{Draft, Moment},
     message,
     outbox::{Outbox, OutboxTable, SLOTS, Slots, Updates},
     pgoutput::{self, DecodeError, Message, Relation, Row},
     poison::Poison,
-    record::{Headers, Identity, Record},
-    route,
-    shape::{Findings, OutboxRow, Shape},
+    record::Identity,
+    shape::{Findings, Shape},
 };
+pub use crate::{draft::Drafted, headers::CloudEvents};
 
 /// What the scratch for a decoded payload may keep from row to row, in bytes.
 const SCRATCH_KEPT_BYTES: usize = 1 << 20;
@@ -113,14 +112,6 @@ pub enum Step<'a> {
     Commit { end_lsn: Lsn },
 }
 
-/// The record that a row becomes. Where `poison` says why it cannot be one, what could be read of it: the topic
-/// is then empty unless it is known.
-#[derive(Debug)]
-pub struct Drafted<'a> {
-    pub record: Record<'a>,
-    pub poison: Option<Poison>,
-}
-
 /// The transaction that is being read.
 #[derive(Debug)]
 struct Open {
@@ -150,15 +141,6 @@ pub struct Source {
     payload: Vec<u8>,
     text: String,
     draft: Draft,
-}
-
-/// Scratch for what is made of a row. It keeps its capacity from row to row.
-#[derive(Debug, Default)]
-struct Draft {
-    commit_lsn: String,
-    seq: String,
-    topic: String,
-    headers: Headers,
 }
 
 impl Source {
@@ -318,7 +300,8 @@ impl Source {
         let mut slots: Slots<'a> = [None; SLOTS];
         let (row, findings) = shape.read(outbox, row, &mut slots, &mut self.payload);
         let draft = &mut self.draft;
-        Ok(Step::Row(draft.make(&self.options, outbox, (row, &slots), moment, findings, None)))
+        let rules = (&self.options.topic_by_type, self.options.cloud_events.as_ref());
+        Ok(Step::Row(draft.make(rules, outbox, (row, &slots), moment, findings, None)))
     }
 
     /// The record for a message: the last change that was counted, or one at `lone` outside any transaction.
@@ -354,80 +337,13 @@ impl Source {
         }
         let (outbox, draft) = (&messages.outbox, &mut self.draft);
         let allowed = Some(&messages.topics);
-        let drafted = draft.make(&self.options, outbox, (row, &slots), moment, findings, allowed);
+        let rules = (&self.options.topic_by_type, self.options.cloud_events.as_ref());
+        let drafted = draft.make(rules, outbox, (row, &slots), moment, findings, allowed);
         Ok(match lone {
             None => Step::Row(drafted),
             // The server leaves a message out that begins before the confirmed LSN.
             Some(lsn) => Step::Lone { drafted, end_lsn: Lsn(lsn.0.saturating_add(1)) },
         })
-    }
-}
-
-/// Which row it is, and when it was committed: in milliseconds since the Unix epoch, 0 where there was no commit.
-#[derive(Debug, Clone, Copy)]
-struct Moment {
-    identity: Identity,
-    committed_at_ms: i64,
-}
-
-impl Draft {
-    fn set_commit_lsn(&mut self, lsn: Lsn) {
-        self.commit_lsn.clear();
-        // Writing to a String cannot fail.
-        let _ = write!(self.commit_lsn, "{lsn}");
-    }
-
-    fn set_seq(&mut self, seq: u64) {
-        self.seq.clear();
-        let _ = write!(self.seq, "{seq}");
-    }
-
-    /// The record that a row becomes. `allowed` is where a message may go.
-    fn make<'a>(
-        &'a mut self,
-        options: &Options,
-        outbox: &'a Outbox,
-        (row, slots): (OutboxRow<'a>, &Slots<'a>),
-        moment: Moment,
-        mut findings: Findings,
-        allowed: Option<&BTreeSet<String>>,
-    ) -> Drafted<'a> {
-        let (own, by_type) = ((row.topic, row.event_type), &options.topic_by_type);
-        if let Err(poison) = route::put_topic(&mut self.topic, outbox, slots, own, by_type) {
-            findings.add(poison);
-        } else if let Some(topics) = allowed
-            && !topics.contains(&self.topic)
-            && (row.topic.is_some() || !topics.is_empty())
-        {
-            findings.add(Poison::UnlistedTopic(self.topic.clone()));
-        }
-        let timestamp_ms = row.timestamp_ms.unwrap_or(moment.committed_at_ms);
-        let headers = Ingredients {
-            outbox,
-            row: &row,
-            slots,
-            commit_lsn: &self.commit_lsn,
-            seq: &self.seq,
-            timestamp_ms,
-            cloud_events: options.cloud_events.as_ref(),
-        };
-        if let Err(poison) = headers.put(&mut self.headers) {
-            findings.add(poison);
-        }
-        let record = Record {
-            identity: moment.identity,
-            table: outbox.label(),
-            row_id: row.id,
-            aggregate_type: row.aggregate_type,
-            aggregate_id: row.aggregate_id,
-            topic: &self.topic,
-            key: Some(row.aggregate_id.as_bytes()),
-            value: row.payload,
-            partition: row.partition,
-            timestamp_ms,
-            headers: &self.headers,
-        };
-        Drafted { record, poison: findings.0 }
     }
 }
 

@@ -5,8 +5,8 @@ use service::Failure;
 use crate::{
     config::Settings,
     error::Error,
+    publication::Made,
     setup::{Desk, Report},
-    slot::Made,
 };
 
 /// Makes the publication, the slot, the relay's own topics and the first checkpoint where they are missing, and says
