@@ -131,6 +131,9 @@ pub(crate) struct Up {
     /// A Postgres setting, e.g. `wal_sender_timeout=10s`; repeatable
     #[arg(long, value_name = "NAME=VALUE", value_parser = setting)]
     pub postgres_set: Vec<(String, String)>,
+    /// A broker setting, e.g. `log.segment.bytes=1048576`; `NAME+=VALUE` adds to a list such as `listeners`; repeatable
+    #[arg(long, value_name = "NAME=VALUE", value_parser = broker_setting)]
+    pub kafka_set: Vec<(String, String)>,
     /// How many Kafka brokers
     #[arg(long, default_value = "1", value_parser = brokers)]
     pub brokers: u16,
@@ -240,8 +243,20 @@ fn brokers(text: &str) -> Result<u16, String> {
 fn setting(text: &str) -> Result<(String, String), String> {
     let (name, value) = text.split_once('=').ok_or("want NAME=VALUE, e.g. wal_sender_timeout=10s")?;
     let plain = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '.';
+    checked(name, value, plain)
+}
+
+/// The name keeps the `+` of `NAME+=VALUE`.
+fn broker_setting(text: &str) -> Result<(String, String), String> {
+    let (name, value) = text.split_once('=').ok_or("want NAME=VALUE, e.g. log.segment.bytes=1048576")?;
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
+    checked(name.strip_suffix('+').unwrap_or(name), value, plain)?;
+    Ok((name.to_owned(), value.to_owned()))
+}
+
+fn checked(name: &str, value: &str, plain: fn(char) -> bool) -> Result<(String, String), String> {
     if name.is_empty() || !name.chars().all(plain) {
-        return Err(format!("{name:?} is not a name of a Postgres setting"));
+        return Err(format!("{name:?} is not a name of a setting"));
     }
     if value.contains(['\n', '\r', '\0']) {
         return Err("a value is one line".to_owned());
@@ -318,6 +333,15 @@ mod tests {
     fn a_setting_may_hold_an_equals_sign() {
         let up = up(&["--postgres-set", "cluster_name=a=b"]).unwrap();
         assert_eq!(up.postgres_set, [("cluster_name".to_owned(), "a=b".to_owned())]);
+    }
+
+    #[test]
+    fn a_brokers_setting_may_add_to_a_list() {
+        let added = up(&["--kafka-set", "listeners+=S://localhost:1"]).unwrap();
+        assert_eq!(added.kafka_set, [("listeners+".to_owned(), "S://localhost:1".to_owned())]);
+        for bad in ["listeners", "=1", "+=1", "a b=1", "a=1\nb=2"] {
+            assert!(up(&["--kafka-set", bad]).is_err(), "{bad}");
+        }
     }
 
     #[test]

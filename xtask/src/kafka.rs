@@ -1,6 +1,7 @@
 //! Kafka: brokers in `KRaft` combined mode (each is broker and controller).
 
 use std::{
+    fmt::Write as _,
     fs,
     io::Read,
     path::{Path, PathBuf},
@@ -42,6 +43,8 @@ pub(crate) struct Kafka<'a> {
     pub java: PathBuf,
     pub jars: PathBuf,
     pub ports: &'a Ports,
+    /// Further settings of every broker; a name that ends with `+` adds to a list.
+    pub settings: &'a [(String, String)],
 }
 
 impl Kafka<'_> {
@@ -80,7 +83,8 @@ impl Kafka<'_> {
             let folder = self.folder(id);
             fs::create_dir_all(&folder).explain(|| format!("create {}", folder.display()))?;
             let conf = self.conf(id);
-            fs::write(&conf, properties(self.ports, id)).explain(|| format!("write {}", conf.display()))?;
+            let text = with_settings(properties(self.ports, id), self.settings);
+            fs::write(&conf, text).explain(|| format!("write {}", conf.display()))?;
             if !folder.join("log/meta.properties").is_file() {
                 formatting.push((id, self.format(id, &cluster)?));
             }
@@ -196,6 +200,40 @@ share.coordinator.state.topic.min.isr={in_sync}
     )
 }
 
+/// Adds settings to a properties file: what comes later in one counts.
+fn with_settings(mut text: String, settings: &[(String, String)]) -> String {
+    for (name, value) in settings {
+        let mut value = escape(value);
+        let name = match name.strip_suffix('+') {
+            None => name,
+            Some(list) => {
+                let before =
+                    text.lines().filter_map(|line| line.strip_prefix(list)?.strip_prefix('=')).next_back();
+                if let Some(before) = before.filter(|before| !before.is_empty()) {
+                    value = format!("{before},{value}");
+                }
+                list
+            }
+        };
+        // Nothing can fail in writing to memory.
+        let _ = writeln!(text, "{name}={value}");
+    }
+    text
+}
+
+/// Java reads properties files as Latin-1, with backslash escapes.
+fn escape(value: &str) -> String {
+    let mut escaped = String::with_capacity(value.len());
+    for unit in value.encode_utf16() {
+        match u8::try_from(unit) {
+            Ok(b'\\') => escaped.push_str("\\\\"),
+            Ok(ascii @ 0..=0x7f) => escaped.push(char::from(ascii)),
+            _ => drop(write!(escaped, "\\u{unit:04x}")),
+        }
+    }
+    escaped
+}
+
 /// The cluster's id, made once: 16 random bytes in URL-safe base64, as Kafka's own `random-uuid` prints it.
 fn cluster_id(path: &Path) -> Result<String> {
     if let Ok(id) = fs::read_to_string(path) {
@@ -252,6 +290,20 @@ mod tests {
             text.contains("default.replication.factor=3\n") && text.contains("\nmin.insync.replicas=2\n")
         );
         assert!(text.contains("transaction.state.log.min.isr=2\n"));
+    }
+
+    #[test]
+    fn settings_come_last_and_lists_grow() {
+        let set = |name: &str, value: &str| (name.to_owned(), value.to_owned());
+        let given = [
+            set("listeners+", "S://localhost:1"),
+            set("listeners+", "T://:2"),
+            set("a", "1"),
+            set("b+", "ä\\"),
+        ];
+        let text = with_settings("listeners=P://127.0.0.1:9\na=0\n".to_owned(), &given);
+        assert!(text.contains("\nlisteners=P://127.0.0.1:9,S://localhost:1,T://:2\na=1\n"), "{text}");
+        assert!(text.ends_with("b=\\u00e4\\\\\n"), "{text}");
     }
 
     #[test]

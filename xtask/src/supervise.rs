@@ -171,7 +171,10 @@ fn wipe(layout: &Layout) -> Result<()> {
 }
 
 async fn start(up: &Up, desk: &Desk, crew: &Crew, installation: &Installation, ports: &Ports) -> Result<()> {
-    tokio::try_join!(start_postgres(up, desk, crew, installation, ports), start_kafka(desk, crew, ports))?;
+    tokio::try_join!(
+        start_postgres(up, desk, crew, installation, ports),
+        start_kafka(up, desk, crew, ports)
+    )?;
     if !up.infra_only {
         start_services(desk, crew, ports).await?;
     }
@@ -200,13 +203,13 @@ async fn start_postgres(
     Ok(())
 }
 
-async fn start_kafka(desk: &Desk, crew: &Crew, ports: &Ports) -> Result<()> {
+async fn start_kafka(up: &Up, desk: &Desk, crew: &Crew, ports: &Ports) -> Result<()> {
     let (layout, progress) = (&desk.layout, &desk.progress);
     let jars = maven::kafka(layout, progress)?;
     let version = kafka::version(&jars);
     let wanted = topics::read(&layout.root)?;
     let step = progress.step("starting Kafka");
-    let broker = Kafka { layout, java: prerequisites::java()?, jars, ports };
+    let broker = Kafka { layout, java: prerequisites::java()?, jars, ports, settings: &up.kafka_set };
     broker.prepare().await?;
     for id in broker.ids() {
         crew.hire(broker.spec(id))?;

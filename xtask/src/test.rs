@@ -94,6 +94,7 @@ fn servers(layout: &Layout, postgres: cli::Postgres) -> Up {
         place: Place { dir: Some(layout.dir.clone()) },
         postgres,
         postgres_set: vec![setting("fsync", "off"), setting("max_connections", "300")],
+        kafka_set: Vec::new(),
         brokers: 1,
         scale: Vec::new(),
         ports: Ports::Auto,
