@@ -6,12 +6,14 @@
 
 mod client;
 mod create;
+mod door;
 mod history;
 mod letter;
 mod refusal;
 mod reports;
 mod size;
 mod topics;
+mod trust;
 
 use std::{
     collections::HashMap,
@@ -53,6 +55,8 @@ use crate::{
 const POLL: Duration = Duration::from_millis(100);
 /// How long after a producer broke its reports may take to say why.
 const CAUSE_GRACE: Duration = Duration::from_millis(300);
+/// How long a broker may take to show that it lets us in after all.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long a topic must be reported missing before that is believed: a broker may be a moment behind.
 const MISSING_GRACE: Duration = Duration::from_secs(3);
 /// How long what a broker refused about a topic is believed without asking again.
@@ -111,6 +115,7 @@ enum Known {
 /// An idempotent producer and the thread that polls it. Dropping it forgets what is in flight.
 pub(crate) struct Producer {
     inner: Arc<BaseProducer<Context>>,
+    config: KafkaConfig,
     batch: Batch,
     compresses: bool,
     closing: Arc<AtomicBool>,
@@ -152,6 +157,7 @@ impl Producer {
         let lookup = Lookup::start(Arc::clone(&inner), for_lookup)?;
         Ok(Self {
             inner,
+            config: config.clone(),
             batch,
             compresses: compresses(config),
             closing,
@@ -314,7 +320,22 @@ impl Producer {
         if checkpointed || !into.is_empty() {
             context.up();
         }
+        self.look_whether_refused()?;
         Ok(checkpointed)
+    }
+
+    /// # Errors
+    /// Refused: no broker has let us in for longer than time would heal.
+    fn look_whether_refused(&self) -> Result<(), Error> {
+        let context = self.inner.context();
+        let Some(refusal) = context.door().refusal(Instant::now()) else { return Ok(()) };
+        // Another connection may have come through, which nobody tells us.
+        let topic = self.topics.keys().next().map(String::as_str);
+        if self.inner.client().fetch_metadata(topic, PROBE_TIMEOUT).is_ok() {
+            context.up();
+            return Ok(());
+        }
+        Err(refusal.into_error(&self.config))
     }
 
     /// Stops sending, then finds out why.

@@ -9,8 +9,27 @@ use crate::{
     error::{Error, Kind},
 };
 
-/// Asks librdkafka whether it would take the configuration; connects to nothing.
+/// Settings that name a file (the first two also a folder).
+const FILES: [&str; 5] = [
+    "ssl.ca.location",
+    "ssl.crl.location",
+    "ssl.certificate.location",
+    "ssl.key.location",
+    "ssl.keystore.location",
+];
+
+/// Asks librdkafka whether it would take the configuration, and looks whether the files are there; connects to
+/// nothing.
 pub(crate) fn check(config: &KafkaConfig) -> Result<(), Error> {
+    for name in FILES {
+        let Some(path) = config.properties.get(name).map(service::Secret::expose) else { continue };
+        if path != "probe"
+            && let Err(e) = std::fs::File::open(path)
+        {
+            let what = format!("bad configuration: kafka.properties.\"{name}\": cannot read {path}: {e}");
+            return Err(Error::new(Kind::Misconfigured, what));
+        }
+    }
     client_config(config).create_native_config().map(drop).map_err(|e| not_taken(&e))
 }
 
@@ -47,6 +66,17 @@ pub(super) fn client_config(config: &KafkaConfig) -> ClientConfig {
         .set("queue.buffering.max.messages", "0")
         .set("queue.buffering.max.kbytes", "2147483647")
         .set_log_level(RDKafkaLogLevel::Info);
+    client
+}
+
+/// The configuration of a consumer that reads without a group.
+pub(super) fn reader_config(config: &KafkaConfig) -> ClientConfig {
+    let mut client = client_config(config);
+    // Asked for by librdkafka and never joined.
+    client.set("group.id", "cdc-relay-unused").set("enable.auto.commit", "false");
+    client.set("enable.partition.eof", "true").set("isolation.level", "read_committed");
+    // The end is known once a fetch comes back empty: let it come back soon.
+    client.set("fetch.wait.max.ms", "10");
     client
 }
 

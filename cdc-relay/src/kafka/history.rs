@@ -10,7 +10,7 @@ use rdkafka::{
     types::RDKafkaRespErr,
 };
 
-use super::client::{Quiet, client_config, not_taken};
+use super::client::{Quiet, not_taken, reader_config};
 use crate::{
     config::KafkaConfig,
     error::{Error, Kind},
@@ -33,13 +33,8 @@ pub(crate) fn read_to_end(
     patience: &dyn Fn() -> Result<(), Error>,
     mut take: impl FnMut(&BorrowedMessage<'_>),
 ) -> Result<bool, Error> {
-    let mut client = client_config(config);
-    // Asked for by librdkafka and never joined.
-    client.set("group.id", "cdc-relay-unused").set("enable.auto.commit", "false");
-    client.set("enable.partition.eof", "true").set("isolation.level", "read_committed");
-    // The end is known once a fetch comes back empty: let it come back soon.
-    client.set("fetch.wait.max.ms", "10");
-    let consumer: BaseConsumer<Quiet> = client.create_with_context(Quiet).map_err(|e| not_taken(&e))?;
+    let consumer: BaseConsumer<Quiet> =
+        reader_config(config).create_with_context(Quiet).map_err(|e| not_taken(&e))?;
     let Some(partitions) = partitions(&consumer, topic, patience)? else { return Ok(false) };
     let mut list = TopicPartitionList::new();
     for partition in &partitions {

@@ -49,9 +49,14 @@ pub(super) fn refused(failed: &Failed) -> Error {
         Code::UnknownTopic | Code::UnknownTopicOrPartition => {
             halted(format!("topic {topic} does not exist"), "`cdc-relay init` creates the relay's own topics")
         }
-        Code::ClusterAuthorizationFailed => halted(
-            format!("Kafka does not allow us to write idempotently: {code}"),
-            "grant WRITE on the topic (and IDEMPOTENT_WRITE on the cluster before Kafka 2.8), then start again",
+        // The producer's own id is refused, before any record.
+        Code::ClusterAuthorizationFailed => Error::new(
+            Kind::Refused,
+            format!("Kafka does not allow us to write to any topic, nor idempotently: {code}"),
+        )
+        .hint(
+            "grant WRITE on the topics (kafka-acls.sh --add --producer --topic … --allow-principal User:…), and before Kafka 2.8 \
+             IDEMPOTENT_WRITE on the cluster",
         ),
         Code::InvalidConfig
         | Code::InvalidRequiredAcks

@@ -1,8 +1,11 @@
 //! What librdkafka tells: delivery reports, errors and its log.
 
-use std::sync::{
-    Mutex, MutexGuard, PoisonError,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Instant,
 };
 
 use rdkafka::{
@@ -14,7 +17,7 @@ use rdkafka::{
 };
 use relay_core::{progress::Ticket, record::Identity};
 
-use super::refusal::is_consequence;
+use super::{door::Door, refusal::is_consequence};
 use crate::{admin::Metrics, wait::Waker};
 
 /// Stands for the checkpoint where a record has its ticket.
@@ -46,11 +49,17 @@ pub(super) struct Context {
     metrics: Metrics,
     /// Whether it has been told that no broker can be reached.
     told_down: AtomicBool,
+    door: Door,
 }
 
 impl Context {
     pub(super) fn new(waker: Waker, metrics: Metrics) -> Self {
-        Self { reports: Mutex::default(), waker, metrics, told_down: AtomicBool::new(false) }
+        let told_down = AtomicBool::new(false);
+        Self { reports: Mutex::default(), waker, metrics, told_down, door: Door::default() }
+    }
+
+    pub(super) fn door(&self) -> &Door {
+        &self.door
     }
 
     pub(super) fn reports(&self) -> MutexGuard<'_, Reports> {
@@ -77,6 +86,7 @@ impl Context {
         if !self.told_down.swap(true, Ordering::Relaxed) {
             tracing::warn!(
                 reason,
+                last_failure = self.door.last_failure(),
                 "no Kafka broker can be reached; records wait and input pauses at its bound"
             );
         }
@@ -84,6 +94,7 @@ impl Context {
 
     pub(super) fn up(&self) {
         self.metrics.kafka_up.set(1);
+        self.door.open();
         if self.told_down.swap(false, Ordering::Relaxed) {
             tracing::info!("Kafka can be reached again");
         }
@@ -99,8 +110,10 @@ fn identity_of(message: &BorrowedMessage<'_>) -> Option<Identity> {
 
 impl ClientContext for Context {
     fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
-        // What matters comes by `error` and by delivery reports; librdkafka's own lines are for whoever asks.
+        // What matters comes by `error`, by delivery reports and by the door; librdkafka's own lines are for
+        // whoever asks.
         tracing::debug!(?level, facility, "librdkafka: {message}");
+        self.door.log(facility, message);
     }
 
     fn error(&self, error: KafkaError, reason: &str) {
@@ -110,13 +123,12 @@ impl ClientContext for Context {
                 tracing::warn!(reason, "the producer is broken and will be replaced");
                 self.fail(RDKafkaErrorCode::Fatal, None);
             }
-            Some(RDKafkaErrorCode::Authentication | RDKafkaErrorCode::SSL) => {
-                tracing::error!(
-                    reason,
-                    "Kafka refuses the connection: check kafka.properties (security.protocol, sasl.*, ssl.*)"
-                );
+            // Fatal, too: the producer gets no id.
+            Some(code @ RDKafkaErrorCode::ClusterAuthorizationFailed) => self.fail(code, None),
+            code => {
+                tracing::debug!(reason, "librdkafka: {error}");
+                self.door.failed(code, reason, Instant::now());
             }
-            _ => tracing::debug!(reason, "librdkafka: {error}"),
         }
     }
 }

@@ -109,7 +109,16 @@ fn secure(mut transport: Transport, info: &ConnInfo, host: &Host) -> Result<Tran
 /// Sends what is to be sent and waits for the next message.
 fn receive(wire: &mut Wire, host: &Host) -> Result<(u8, Vec<u8>), Error> {
     let io = |e: std::io::Error| {
-        Error::postgres_io(&format!("the start of the session with Postgres at {host} failed"), &e)
+        let what = format!("the start of the session with Postgres at {host} failed");
+        // With TLS 1.3 the server looks at our certificate only after the handshake has ended on our side.
+        match e.get_ref().and_then(|inner| inner.downcast_ref()) {
+            Some(rustls::Error::AlertReceived(alert)) => {
+                Error::new(Kind::Refused, format!("{what}: the server's TLS says {alert:?}")).hint(
+                    "check sslcert and sslkey in postgres.url: who signed the certificate (ssl_ca_file on the server) and its dates",
+                )
+            }
+            _ => Error::postgres_io(&what, &e),
+        }
     };
     wire.flush().map_err(io)?;
     loop {

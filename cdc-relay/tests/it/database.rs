@@ -14,6 +14,22 @@ pub(crate) fn server(variable: &str) -> String {
         .unwrap_or_else(|_| panic!("{variable} is not set: run the tests by `cargo xtask test`"))
 }
 
+/// Where a test's Postgres and Kafka are.
+#[derive(Debug, Clone)]
+pub(crate) struct Servers {
+    /// Connection string of the superuser.
+    pub(crate) postgres: String,
+    /// Bootstrap servers.
+    pub(crate) kafka: String,
+}
+
+impl Servers {
+    /// Those of the test run, which all tests share.
+    pub(crate) fn shared() -> Self {
+        Self { postgres: server("TEST_POSTGRES_URL"), kafka: server("TEST_KAFKA_BROKERS") }
+    }
+}
+
 /// Waits for a condition, and says what it was if it never comes true.
 pub(crate) fn eventually<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
     let deadline = Instant::now() + Duration::from_secs(60);
@@ -32,9 +48,10 @@ pub(crate) fn unique() -> String {
 }
 
 pub(crate) struct Database {
-    runtime: Runtime,
+    pub(crate) runtime: Runtime,
     connection: PgConnection,
     options: PgConnectOptions,
+    pub(crate) servers: Servers,
     /// The database's and the role's name, and the role's password.
     pub(crate) name: String,
     /// The slot's name.
@@ -47,8 +64,12 @@ const DEBEZIUM_OUTBOX: &str = "CREATE TABLE outbox (id uuid PRIMARY KEY, aggrega
 
 impl Database {
     pub(crate) fn new() -> Self {
+        Self::on(&Servers::shared())
+    }
+
+    pub(crate) fn on(servers: &Servers) -> Self {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let server: PgConnectOptions = server("TEST_POSTGRES_URL").parse().unwrap();
+        let server: PgConnectOptions = servers.postgres.parse().unwrap();
         let name = format!("relay_{}", unique());
         let options = server.clone().database(&name);
         let connection = runtime.block_on(async {
@@ -59,7 +80,8 @@ impl Database {
             PgConnection::connect_with(&options).await.unwrap()
         });
         let slot = name.clone();
-        let mut database = Self { runtime, connection, options, name, slot };
+        let servers = servers.clone();
+        let mut database = Self { runtime, connection, options, servers, name, slot };
         database.run(DEBEZIUM_OUTBOX);
         database.run("CREATE PUBLICATION cdc_relay FOR TABLE outbox WITH (publish = 'insert')");
         database
@@ -69,6 +91,13 @@ impl Database {
     pub(crate) fn url(&self) -> String {
         let name = &self.name;
         format!("postgres://{name}:{name}@{}:{}/{name}", self.options.get_host(), self.options.get_port())
+    }
+
+    /// Connects again after the server was restarted, once it is back.
+    pub(crate) fn reconnect(&mut self) {
+        self.connection = eventually("Postgres is back", || {
+            self.runtime.block_on(PgConnection::connect_with(&self.options)).ok()
+        });
     }
 
     pub(crate) fn run(&mut self, sql: &str) {
@@ -112,8 +141,7 @@ impl Database {
 
 impl Drop for Database {
     fn drop(&mut self) {
-        let mut server: PgConnectOptions = server("TEST_POSTGRES_URL").parse().unwrap();
-        server = server.database("postgres");
+        let server = self.options.clone().database("postgres");
         let (slot, name) = (self.slot.clone(), self.name.clone());
         self.runtime.block_on(async {
             let Ok(mut admin) = PgConnection::connect_with(&server).await else { return };

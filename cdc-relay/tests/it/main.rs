@@ -3,16 +3,22 @@
 // A test that cannot go on fails where it stands.
 #![allow(clippy::unwrap_used)]
 
+mod certificates;
 mod database;
 mod delivery;
 mod failures;
 mod idle;
 mod init;
+mod kafka_admin;
+mod kafka_secure;
 mod poison;
 mod position;
+mod privileges;
 mod probe;
 mod relay;
 mod shapes;
 mod shapes_refused;
+mod shutdown;
+mod stack;
 mod tls;
 mod topics;

@@ -8,7 +8,7 @@ use std::{
     thread::JoinHandle,
 };
 
-use crate::database::{Database, eventually, server};
+use crate::database::{Database, eventually};
 
 /// A command with the configuration that a test's relay has, and nothing else.
 pub(crate) fn command(database: &Database) -> Command {
@@ -16,7 +16,7 @@ pub(crate) fn command(database: &Database) -> Command {
     command
         .env("CDC_RELAY_POSTGRES__URL", database.url())
         .env("CDC_RELAY_POSTGRES__SLOT", &database.slot)
-        .env("CDC_RELAY_KAFKA__BROKERS", server("TEST_KAFKA_BROKERS"));
+        .env("CDC_RELAY_KAFKA__BROKERS", &database.servers.kafka);
     command
 }
 

@@ -5,20 +5,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, date_time_ymd};
 use sqlx::postgres::PgConnectOptions;
 
 use crate::{
-    database::{Database, eventually, server},
+    certificates::{Authority, Certificate},
+    database::{Database, eventually},
     relay::{Relay, command, init},
     topics::Topic,
 };
-
-/// A certificate authority and where its certificate is.
-struct Authority {
-    issuer: Issuer<'static, KeyPair>,
-    path: PathBuf,
-}
 
 /// The server's folder for this test's files, owned by whoever the server runs as.
 struct Folder(PathBuf);
@@ -37,34 +31,6 @@ impl Folder {
         chown(path, Some(owner.uid()), Some(owner.gid())).unwrap();
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
     }
-
-    fn write(&self, name: &str, content: &str) -> PathBuf {
-        let path = self.0.join(name);
-        std::fs::write(&path, content).unwrap();
-        self.hand_over(&path, 0o600);
-        path
-    }
-
-    fn authority(&self, name: &str) -> Authority {
-        let mut params = CertificateParams::new(Vec::new()).unwrap();
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.distinguished_name.push(DnType::CommonName, name);
-        let key = KeyPair::generate().unwrap();
-        let path = self.write(&format!("{name}.pem"), &params.self_signed(&key).unwrap().pem());
-        Authority { issuer: Issuer::new(params, key), path }
-    }
-
-    /// A certificate for `name` that ends with `last_year`, and its key.
-    fn certificate(&self, by: &Authority, name: &str, last_year: i32) -> (PathBuf, PathBuf) {
-        let mut params = CertificateParams::new(vec![name.to_owned()]).unwrap();
-        params.distinguished_name.push(DnType::CommonName, name);
-        params.not_before = date_time_ymd(2020, 1, 1);
-        params.not_after = date_time_ymd(last_year, 12, 31);
-        let key = KeyPair::generate().unwrap();
-        let file = format!("{name}-{last_year}");
-        let cert = self.write(&format!("{file}.pem"), &params.signed_by(&key, &by.issuer).unwrap().pem());
-        (cert, self.write(&format!("{file}.key"), &key.serialize_pem()))
-    }
 }
 
 impl Drop for Folder {
@@ -74,7 +40,9 @@ impl Drop for Folder {
 }
 
 /// Has the server present the certificate from now on.
-fn present(database: &mut Database, (cert, key): &(PathBuf, PathBuf)) {
+fn present(database: &mut Database, folder: &Folder, Certificate { cert, key, .. }: &Certificate) {
+    folder.hand_over(cert, 0o600);
+    folder.hand_over(key, 0o600);
     database.run(&format!("ALTER SYSTEM SET ssl_cert_file = '{}'", cert.display()));
     database.run(&format!("ALTER SYSTEM SET ssl_key_file = '{}'", key.display()));
     reload(database, "on");
@@ -92,7 +60,7 @@ fn reload(database: &mut Database, ssl: &str) {
 }
 
 fn url(database: &Database, host: &str, parameters: &str) -> String {
-    let options: PgConnectOptions = server("TEST_POSTGRES_URL").parse().unwrap();
+    let options: PgConnectOptions = database.servers.postgres.parse().unwrap();
     let name = &database.name;
     format!("postgres://{name}:{name}@{host}:{}/{name}?{parameters}", options.get_port())
 }
@@ -135,15 +103,17 @@ fn sslmode_means_what_libpq_means_by_it() {
     let database = &mut restore.database;
     init(database);
     let folder = Folder::new(database);
-    let (ours, another) = (folder.authority("ours"), folder.authority("another"));
+    let (ours, another) = (Authority::new(&folder.0, "ours"), Authority::new(&folder.0, "another"));
     let root = format!("sslrootcert={}", ours.path.display());
     let wrong = format!("sslrootcert={}", another.path.display());
+
+    let good = ours.certificate("localhost", 2099);
 
     reload(database, "off");
     assert_refused(attempt(database, "localhost", "sslmode=require"), 69, "does not offer TLS");
     assert_eq!(attempt(database, "localhost", "sslmode=prefer").0, Some(0));
 
-    present(database, &folder.certificate(&ours, "localhost", 2099));
+    present(database, &folder, &good);
     for good in ["sslmode=prefer", "sslmode=require", "sslmode=disable"] {
         assert_eq!(attempt(database, "127.0.0.1", good), (Some(0), String::new()), "{good}");
     }
@@ -170,20 +140,43 @@ fn sslmode_means_what_libpq_means_by_it() {
         "/nowhere",
     );
 
-    present(database, &folder.certificate(&ours, "localhost", 2021));
+    present(database, &folder, &ours.certificate("localhost", 2021));
     assert_refused(attempt(database, "localhost", &format!("sslmode=verify-full&{root}")), 69, "expired");
-    present(database, &folder.certificate(&ours, "localhost", 2099));
+    present(database, &folder, &good);
 
-    // The role is known by its certificate from here on, and by nothing else.
+    let hba = restore.hba.clone();
+    client_certificates(database, &folder, &ours, &another, &hba);
+}
+
+/// The role is known by its certificate from here on, and by nothing else.
+fn client_certificates(
+    database: &mut Database,
+    folder: &Folder,
+    ours: &Authority,
+    another: &Authority,
+    (hba, content): &(PathBuf, String),
+) {
+    let root = format!("sslrootcert={}", ours.path.display());
     let name = database.name.clone();
+    folder.hand_over(&ours.path, 0o600);
     database.run(&format!("ALTER SYSTEM SET ssl_ca_file = '{}'", ours.path.display()));
-    std::fs::write(&restore.hba.0, format!("hostssl {name} {name} 127.0.0.1/32 cert\n{}", restore.hba.1))
-        .unwrap();
+    std::fs::write(hba, format!("hostssl {name} {name} 127.0.0.1/32 cert\n{content}")).unwrap();
     reload(database, "on");
-    let (cert, key) = folder.certificate(&ours, &name, 2099);
+    let Certificate { cert, key, .. } = ours.certificate(&name, 2099);
     let with = format!("sslmode=verify-full&{root}&sslcert={}&sslkey={}", cert.display(), key.display());
     assert_refused(attempt(database, "localhost", &format!("sslmode=verify-full&{root}")), 69, "certificate");
     assert_eq!(attempt(database, "localhost", &with), (Some(0), String::new()));
+    for (bad, said) in [
+        (another.certificate(&name, 2099), "UnknownCA"),
+        (ours.certificate(&name, 2021), "CertificateExpired"),
+    ] {
+        let bad = format!("{root}&sslcert={}&sslkey={}", bad.cert.display(), bad.key.display());
+        let answer = attempt(database, "localhost", &format!("sslmode=verify-full&{bad}"));
+        assert!(answer.1.contains("ssl_ca_file"), "{}", answer.1);
+        assert_refused(answer, 69, said);
+    }
+    let absent = format!("sslmode=verify-full&{root}&sslcert=/nowhere&sslkey={}", key.display());
+    assert_refused(attempt(database, "localhost", &absent), 64, "/nowhere");
 
     let topic = Topic::new(1, &[]);
     let relay = Relay::start(database, &[("CDC_RELAY_POSTGRES__URL", &url(database, "localhost", &with))]);

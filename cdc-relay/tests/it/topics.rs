@@ -12,17 +12,22 @@ use rdkafka::{
     producer::{BaseProducer, BaseRecord, Producer as _},
 };
 
-use crate::database::{eventually, server, unique};
+use crate::database::{Servers, eventually, unique};
 
 /// A topic that the default template gives to rows of the aggregate type `kind`.
 pub(crate) struct Topic {
     pub(crate) kind: String,
     pub(crate) name: String,
     partitions: i32,
+    brokers: String,
 }
 
 impl Topic {
     pub(crate) fn new(partitions: i32, configuration: &[(&str, &str)]) -> Self {
+        Self::on(&Servers::shared(), partitions, configuration)
+    }
+
+    pub(crate) fn on(servers: &Servers, partitions: i32, configuration: &[(&str, &str)]) -> Self {
         let kind = format!("k{}", unique());
         let name = format!("outbox.event.{kind}");
         Self::make(kind, name, partitions, configuration)
@@ -38,15 +43,15 @@ impl Topic {
         for (key, value) in configuration {
             new = new.set(key, value);
         }
-        let admin: AdminClient<DefaultClientContext> = client().create().unwrap();
+        let admin: AdminClient<DefaultClientContext> = client(&servers.kafka).create().unwrap();
         let created = runtime().block_on(admin.create_topics([&new], &AdminOptions::new())).unwrap();
         assert!(created.iter().all(Result::is_ok), "{created:?}");
-        Self { kind, name, partitions }
+        Self { kind, name, partitions, brokers: servers.kafka.clone() }
     }
 
     /// Everything in the topic once there are at least `count` records: partition by partition, in order.
     pub(crate) fn read(&self, count: usize) -> Vec<OwnedMessage> {
-        let consumer: BaseConsumer = client().set("group.id", "none").create().unwrap();
+        let consumer: BaseConsumer = client(&self.brokers).set("group.id", "none").create().unwrap();
         let mut list = TopicPartitionList::new();
         for partition in 0..self.partitions {
             list.add_partition_offset(&self.name, partition, Offset::Beginning).unwrap();
@@ -65,7 +70,7 @@ impl Topic {
 
     /// Changes one of its settings.
     pub(crate) fn configure(&self, key: &str, value: &str) {
-        let admin: AdminClient<DefaultClientContext> = client().create().unwrap();
+        let admin: AdminClient<DefaultClientContext> = client(&self.brokers).create().unwrap();
         let change = AlterConfig::new(ResourceSpecifier::Topic(&self.name)).set(key, value);
         let altered = runtime().block_on(admin.alter_configs([&change], &AdminOptions::new())).unwrap();
         assert!(altered.iter().all(Result::is_ok), "{altered:?}");
@@ -73,7 +78,7 @@ impl Topic {
 
     /// How many records there are at the moment.
     pub(crate) fn size(&self) -> i64 {
-        let consumer: BaseConsumer = client().create().unwrap();
+        let consumer: BaseConsumer = client(&self.brokers).create().unwrap();
         let marks = |p| consumer.fetch_watermarks(&self.name, p, Duration::from_secs(30)).unwrap();
         (0..self.partitions).map(marks).map(|(low, high)| high - low).sum()
     }
@@ -83,9 +88,9 @@ fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
 }
 
-fn client() -> ClientConfig {
+fn client(brokers: &str) -> ClientConfig {
     let mut config = ClientConfig::new();
-    config.set("bootstrap.servers", server("TEST_KAFKA_BROKERS"));
+    config.set("bootstrap.servers", brokers);
     config
 }
 
@@ -122,7 +127,7 @@ pub(crate) fn assert_complete_and_ordered(messages: &[OwnedMessage], count: usiz
 
 /// Writes a record, or without a value a tombstone.
 pub(crate) fn put(topic: &str, key: &str, value: Option<&str>) {
-    let producer: BaseProducer = client().create().unwrap();
+    let producer: BaseProducer = client(&Servers::shared().kafka).create().unwrap();
     let mut record = BaseRecord::to(topic).key(key);
     record.payload = value;
     producer.send(record).unwrap();
@@ -131,8 +136,11 @@ pub(crate) fn put(topic: &str, key: &str, value: Option<&str>) {
 
 /// The records of one key in a topic of one partition, as it is now.
 pub(crate) fn read_keyed(topic: &str, key: &str) -> Vec<OwnedMessage> {
-    let consumer: BaseConsumer =
-        client().set("group.id", "none").set("enable.partition.eof", "true").create().unwrap();
+    let consumer: BaseConsumer = client(&Servers::shared().kafka)
+        .set("group.id", "none")
+        .set("enable.partition.eof", "true")
+        .create()
+        .unwrap();
     let mut list = TopicPartitionList::new();
     list.add_partition_offset(topic, 0, Offset::Beginning).unwrap();
     consumer.assign(&list).unwrap();

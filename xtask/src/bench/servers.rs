@@ -107,6 +107,7 @@ fn up(layout: &Layout, postgres: cli::Postgres, settings: &[(String, String)]) -
         place: Place { dir: Some(layout.dir.clone()) },
         postgres,
         postgres_set: own.into_iter().chain(settings.iter().cloned()).collect(),
+        kafka_set: Vec::new(),
         brokers: 1,
         scale: Vec::new(),
         ports: Ports::Auto,
