@@ -30,15 +30,21 @@ impl Topic {
     pub(crate) fn on(servers: &Servers, partitions: i32, configuration: &[(&str, &str)]) -> Self {
         let kind = format!("k{}", unique());
         let name = format!("outbox.event.{kind}");
-        Self::make(kind, name, partitions, configuration)
+        Self::make(servers, kind, name, partitions, configuration)
     }
 
     /// A topic of one partition and that name.
     pub(crate) fn named(name: &str) -> Self {
-        Self::make(String::new(), name.to_owned(), 1, &[])
+        Self::make(&Servers::shared(), String::new(), name.to_owned(), 1, &[])
     }
 
-    fn make(kind: String, name: String, partitions: i32, configuration: &[(&str, &str)]) -> Self {
+    fn make(
+        servers: &Servers,
+        kind: String,
+        name: String,
+        partitions: i32,
+        configuration: &[(&str, &str)],
+    ) -> Self {
         let mut new = NewTopic::new(&name, partitions, TopicReplication::Fixed(1));
         for (key, value) in configuration {
             new = new.set(key, value);
