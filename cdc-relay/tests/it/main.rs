@@ -16,6 +16,7 @@ mod position;
 mod privileges;
 mod probe;
 mod relay;
+mod restore;
 mod shapes;
 mod shapes_refused;
 mod shutdown;
