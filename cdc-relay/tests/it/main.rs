@@ -6,11 +6,13 @@
 mod certificates;
 mod database;
 mod delivery;
+mod extremes;
 mod failures;
 mod idle;
 mod init;
 mod kafka_admin;
 mod kafka_secure;
+mod log;
 mod poison;
 mod position;
 mod privileges;

@@ -1,0 +1,165 @@
+//! What needs servers of its own: a slot that is lost, a log beyond 4 GB, a network that is cut, rows of 20 MB,
+//! transactions that take longer than the server waits.
+
+use std::{
+    io::{Read as _, Write as _},
+    net::{TcpListener, TcpStream},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use crate::{
+    database::{Database, eventually},
+    relay::{Relay, init},
+    stack::Stack,
+    topics::{Topic, assert_complete_and_ordered},
+};
+
+#[test]
+fn a_slot_whose_log_is_gone_halts_by_name() {
+    let stack = Stack::start("lost", &["--postgres-set", "max_slot_wal_keep_size=32MB"]);
+    let (mut database, topic) = (Database::on(&stack.servers), Topic::on(&stack.servers, 1, &[]));
+    init(&database);
+    database.insert(&topic.kind, 0, 1);
+    let slot = database.slot.clone();
+    eventually("the slot is lost", || {
+        database.run("SELECT pg_logical_emit_message(false, 'x', repeat('x', 1000)); SELECT pg_switch_wal()");
+        database.run("CHECKPOINT");
+        let status = format!("SELECT wal_status FROM pg_replication_slots WHERE slot_name = '{slot}'");
+        (database.text(&status) == "lost").then_some(())
+    });
+    let mut relay = Relay::spawn(&database, &[]);
+    assert_eq!(relay.wait().code(), Some(65), "{}", relay.log());
+    assert!(relay.log().contains("is lost"), "{}", relay.log());
+    assert_eq!(topic.size(), 0);
+}
+
+#[test]
+fn a_log_that_crosses_4_gb_stays_in_order_and_is_confirmed() {
+    let stack =
+        Stack::start("4gb", &["--postgres-set", "wal_init_zero=off", "--postgres-set", "max_wal_size=512MB"]);
+    let (mut database, topic) = (Database::on(&stack.servers), Topic::on(&stack.servers, 1, &[]));
+    init(&database);
+    let relay = Relay::start(&database, &[]);
+    database.insert(&topic.kind, 0, 10);
+    // An LSN is two numbers of 32 bits; a segment has 16 MB. One is left before the first number changes.
+    let high = "SELECT (pg_current_wal_lsn() - '0/0')::int8 >> 32";
+    let left = "SELECT ((1::int8 << 32) - (pg_current_wal_lsn() - '0/0')::int8) / (16 * 1024 * 1024)";
+    while database.number(left) > 1 {
+        database.run("SELECT pg_logical_emit_message(false, 'x', ''); SELECT pg_switch_wal()");
+    }
+    assert_eq!(database.number(high), 0);
+    // A transaction that begins before and ends after, and rows on both sides.
+    database.insert(&topic.kind, 10, 10);
+    let mut rows = 20;
+    while database.number(high) == 0 {
+        let kind = &topic.kind;
+        database.run(&format!(
+            "INSERT INTO outbox SELECT gen_random_uuid(), '{kind}', 'a' || n % 10, 'Counted', json_build_object('n', n, 'x', repeat('x', 1000)) \
+             FROM generate_series({rows}, {}) n",
+            rows + 999
+        ));
+        rows += 1000;
+    }
+    database.insert(&topic.kind, rows, 10);
+    let lsn = database.current_lsn();
+    assert!(lsn.starts_with("1/"), "{lsn}");
+    assert_eq!(assert_complete_and_ordered(&topic.read(rows + 10), rows + 10), 0);
+    eventually("it is confirmed", || (database.unconfirmed_bytes(&lsn) <= 0).then_some(()));
+    relay.stop();
+    let relay = Relay::start(&database, &[]);
+    database.insert(&topic.kind, rows + 10, 10);
+    assert_eq!(assert_complete_and_ordered(&topic.read(rows + 20), rows + 20), 0);
+    relay.stop();
+}
+
+/// Between a relay and its Postgres; cut, it swallows what either says, and closes nothing.
+struct Network {
+    port: u16,
+    is_cut: Arc<AtomicBool>,
+}
+
+impl Network {
+    fn to(port: u16) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let (here, is_cut) = (listener.local_addr().unwrap().port(), Arc::new(AtomicBool::new(false)));
+        let cut = Arc::clone(&is_cut);
+        std::thread::spawn(move || {
+            for client in listener.incoming().map_while(Result::ok) {
+                let Ok(server) = TcpStream::connect(("127.0.0.1", port)) else { continue };
+                for (from, to) in [(&client, &server), (&server, &client)] {
+                    let (mut from, mut to) = (from.try_clone().unwrap(), to.try_clone().unwrap());
+                    let cut = Arc::clone(&cut);
+                    std::thread::spawn(move || {
+                        let mut buffer = vec![0; 65_536];
+                        while let Ok(read @ 1..) = from.read(&mut buffer) {
+                            if !cut.load(Ordering::Relaxed) && to.write_all(&buffer[..read]).is_err() {
+                                return;
+                            }
+                        }
+                        if !cut.load(Ordering::Relaxed) {
+                            let _ = to.shutdown(std::net::Shutdown::Write);
+                        }
+                    });
+                }
+            }
+        });
+        Self { port: here, is_cut }
+    }
+}
+
+#[test]
+fn a_walsender_of_ours_that_a_cut_network_left_behind_is_waited_for() {
+    let stack = Stack::start("cut", &["--postgres-set", "wal_sender_timeout=5s"]);
+    let (mut database, topic) = (Database::on(&stack.servers), Topic::on(&stack.servers, 1, &[]));
+    init(&database);
+    let url = database.url();
+    let port = url.rsplit(':').next().and_then(|rest| rest.split('/').next()).unwrap();
+    let network = Network::to(port.parse().unwrap());
+    let through = url.replace(&format!(":{port}/"), &format!(":{}/", network.port));
+    let first = Relay::start(&database, &[("CDC_RELAY_POSTGRES__URL", &through)]);
+    database.insert(&topic.kind, 0, 100);
+    topic.read(100);
+    // As when its machine is gone: the server hears nothing more of it, not even its end.
+    network.is_cut.store(true, Ordering::Relaxed);
+    first.kill();
+    database.insert(&topic.kind, 100, 100);
+    let slot = database.slot.clone();
+    let held = format!("SELECT active::int::int8 FROM pg_replication_slots WHERE slot_name = '{slot}'");
+    assert_eq!(database.number(&held), 1, "the server has noticed already");
+    let mut second = Relay::spawn(&database, &[]);
+    second.wait_for_state("standby");
+    second.wait_for_state("streaming");
+    assert_complete_and_ordered(&topic.read(200), 200);
+    second.stop();
+}
+
+#[test]
+fn keepalives_in_the_middle_of_a_transaction_confirm_nothing_of_it() {
+    // The server asks for a sign of life after half a second, wherever in a transaction it is.
+    let stack = Stack::start("keepalive", &["--postgres-set", "wal_sender_timeout=1s"]);
+    let (mut database, topic) = (Database::on(&stack.servers), Topic::on(&stack.servers, 1, &[]));
+    init(&database);
+    let relay = Relay::start(&database, &[("CDC_RELAY_LIMITS__IN_FLIGHT_BYTES", "1000000")]);
+    // Without Kafka the relay stops reading at its bound, in the middle.
+    stack.stop("kafka-1");
+    let kind = &topic.kind;
+    database.run(&format!(
+        "INSERT INTO outbox SELECT gen_random_uuid(), '{kind}', 'a' || n % 10, 'Counted', json_build_object('n', n, 'x', repeat('x', 500)) \
+         FROM generate_series(0, 19999) n"
+    ));
+    let lsn = database.current_lsn();
+    eventually("a part of it is in flight", || {
+        relay.metric("cdc_relay_in_flight_records").filter(|n| *n > 0.0)
+    });
+    let up_for = |seconds: f64| relay.metric("cdc_relay_process_uptime_seconds").filter(|s| *s > seconds);
+    let now = up_for(0.0).unwrap();
+    eventually("several of the server's time-outs have passed", || up_for(now + 4.0));
+    assert!(database.unconfirmed_bytes(&lsn) > 0, "a part of the transaction is confirmed");
+    stack.start_again("kafka-1");
+    assert_eq!(assert_complete_and_ordered(&topic.read(20_000), 20_000), 0);
+    assert_eq!(relay.metric("cdc_relay_sessions_total"), Some(1.0), "{}", relay.log());
+    relay.stop();
+}
