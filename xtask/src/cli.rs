@@ -125,8 +125,9 @@ pub(crate) struct Place {
 pub(crate) struct Up {
     #[command(flatten)]
     pub place: Place,
-    /// The version of Postgres, from Maven; `system` is an installed one, 15 or later
-    #[arg(long, value_enum, default_value = "18")]
+    /// The version of Postgres, from Maven; `system` is an installed one, 15 or later (`cargo xtask test` sets this for
+    /// the stacks of tests)
+    #[arg(long, value_enum, default_value = "18", env = POSTGRES)]
     pub postgres: Postgres,
     /// A Postgres setting, e.g. `wal_sender_timeout=10s`; repeatable
     #[arg(long, value_name = "NAME=VALUE", value_parser = setting)]
@@ -223,6 +224,8 @@ pub(crate) enum Ports {
     Auto,
 }
 
+/// The environment's form of `--postgres`.
+pub(crate) const POSTGRES: &str = "XTASK_POSTGRES";
 /// The environment's form of `--no-build`.
 pub(crate) const NO_BUILD: &str = "XTASK_NO_BUILD";
 
@@ -231,6 +234,13 @@ pub(crate) const INSTANCES_MAX: u16 = 16;
 
 /// Services that `--scale` knows.
 pub(crate) const SERVICES: [&str; 4] = ["order-api", "cdc-relay", "pharmacy", "fulfillment"];
+
+impl Postgres {
+    /// As it is written on the command line.
+    pub(crate) fn name(self) -> String {
+        self.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
+    }
+}
 
 fn brokers(text: &str) -> Result<u16, String> {
     match text {

@@ -131,6 +131,7 @@ async fn run(args: &cli::Test, home: &Layout, stack: &mut Stack) -> Result<(Coun
     }
     cargo.args(&args.args);
     cargo.env("TEST_POSTGRES_URL", &endpoints.postgres_superuser).env("TEST_KAFKA_BROKERS", &endpoints.kafka);
+    cargo.env(cli::POSTGRES, args.postgres.name());
     cargo.env(cli::NO_BUILD, "true").env(MARK, std::process::id().to_string());
     // A group of its own, so that all of it can be ended, whatever the tests have started.
     cargo.stdin(Stdio::null()).stdout(Stdio::piped()).process_group(0).kill_on_drop(true);
