@@ -115,6 +115,15 @@ test *args:
 bench *args:
     cargo xtask bench drain "$@"
 
+# The relay's tests that depend on the version of Postgres, on the older ones; 18 has them all
+test-versions *versions="15 16 17":
+    #!/usr/bin/env bash
+    set -euo pipefail
+    for version in {{ versions }}; do
+        cargo xtask test --postgres "$version" -p cdc-relay --test it -- \
+            delivery:: idle:: init:: log:: position:: privileges:: shapes shutdown:: tls:: killed takes_over cuts publication
+    done
+
 # Format everything
 fmt:
     cargo fmt --all
