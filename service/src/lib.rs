@@ -1,6 +1,7 @@
 //! What every service of this project does alike, and a user therefore sees alike: configuration, secrets,
-//! logs, health, metrics, problem+json and the drain on SIGTERM. No domain types live here.
+//! logs, health, metrics, problem+json, who may administer, and the drain on SIGTERM. No domain types live here.
 
+pub mod access;
 pub mod config;
 pub mod exit;
 pub mod health;
