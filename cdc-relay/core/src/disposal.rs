@@ -17,6 +17,7 @@ use crate::{
 pub(crate) struct Disposal {
     pub(crate) policies: Policies,
     pub(crate) dead_letter_topic: String,
+    pub(crate) dead_letter_source: String,
     pub(crate) parking: Parking,
     /// Rows that Kafka has refused.
     pub(crate) refused: HashMap<Identity, Poison>,
@@ -66,7 +67,7 @@ impl Disposal {
             }
             Policy::DeadLetter => {}
         }
-        put_headers(&mut self.headers, &record, &poison);
+        put_headers(&mut self.headers, &self.dead_letter_source, &record, &poison);
         let letter = Record {
             topic: &self.dead_letter_topic,
             key: record.key.filter(|key| !key.is_empty()),
@@ -108,11 +109,16 @@ fn outgoing<'a>(
     Outgoing { ticket, record, is_dead_letter }
 }
 
-/// The record's own headers, then why it is here and where it was to go.
-fn put_headers(out: &mut Headers, record: &Record<'_>, poison: &Poison) {
+/// The record's own headers, then whose letter it is, why it is here and where it was to go. `dlq.source` is the first
+/// of ours: whoever reads the letter knows by it where the record's own end.
+fn put_headers(out: &mut Headers, source: &str, record: &Record<'_>, poison: &Poison) {
     out.clone_from(record.headers);
+    out.push_text("dlq.source", source);
     out.push_text("dlq.reason", poison.kind().name());
     out.push_text("dlq.error", &poison.to_string());
+    if !record.table.is_empty() {
+        out.push_text("dlq.table", record.table);
+    }
     out.push_text("dlq.topic", record.topic);
     if let Some(partition) = record.partition {
         out.push_text("dlq.partition", &partition.to_string());

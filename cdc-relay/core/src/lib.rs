@@ -13,6 +13,7 @@ pub mod pgoutput;
 pub mod poison;
 pub mod progress;
 pub mod record;
+pub mod redrive;
 pub mod relay;
 pub mod route;
 mod shape;

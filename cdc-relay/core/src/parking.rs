@@ -83,6 +83,11 @@ impl Parking {
         self.keys.contains_key(key)
     }
 
+    /// The aggregates that are parked.
+    pub fn keys(&self) -> impl Iterator<Item = &Key> {
+        self.keys.keys()
+    }
+
     /// How many aggregates are parked.
     pub fn len(&self) -> usize {
         self.keys.len()

@@ -30,6 +30,8 @@ pub struct Options {
     pub policies: Policies,
     /// Where rows go whose policy is to dead-letter or to park.
     pub dead_letter_topic: String,
+    /// Whose dead letters they are: their `dlq.source`.
+    pub dead_letter_source: String,
     /// Input pauses while this many bytes, or more, are in flight. One record may exceed it.
     pub in_flight_limit_bytes: usize,
     /// The longest time between two status updates: well below the server's `wal_sender_timeout`.
@@ -133,6 +135,7 @@ impl Relay {
             disposal: Disposal {
                 policies: options.policies,
                 dead_letter_topic: options.dead_letter_topic.clone(),
+                dead_letter_source: options.dead_letter_source.clone(),
                 parking: Parking::default(),
                 refused: HashMap::new(),
                 diversions: Vec::new(),
@@ -349,6 +352,12 @@ impl Relay {
     /// The aggregates that are parked.
     pub fn parking(&self) -> &Parking {
         &self.disposal.parking
+    }
+
+    /// A record of the caller's own, of so many bytes, that is in flight until it is [settled](Self::handle_settled).
+    /// Nothing that was read may be in flight: the relay is [at rest](Self::is_at_rest), and input paused.
+    pub fn begin_own(&mut self, bytes: usize) -> Ticket {
+        self.progress.begin_record(bytes)
     }
 
     /// Frees an aggregate: its later rows go to their own topic again. [`take_markers`](Self::take_markers) hands

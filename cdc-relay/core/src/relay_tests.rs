@@ -24,6 +24,7 @@ fn options() -> Options {
         source: source_to("${aggregatetype}-events"),
         policies: Policies::default(),
         dead_letter_topic: "dead".into(),
+        dead_letter_source: "1/slot".into(),
         in_flight_limit_bytes: 4096,
         status_interval: Duration::from_secs(10),
         silence_limit: Duration::from_mins(1),

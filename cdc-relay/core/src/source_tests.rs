@@ -165,6 +165,7 @@ fn a_message_outside_a_transaction_is_settled_like_one() {
             source: Options { messages: Some(messages(&[])), ..source_to("x") },
             policies: Policies::all(policy),
             dead_letter_topic: "dead".into(),
+            dead_letter_source: "1/slot".into(),
             in_flight_limit_bytes: 4096,
             status_interval: Duration::from_secs(10),
             silence_limit: Duration::from_mins(1),

@@ -127,6 +127,7 @@ impl<'a> Session<'a> {
             source: source_options(),
             policies: Policies::all(policy),
             dead_letter_topic: DEAD_LETTERS.to_owned(),
+            dead_letter_source: "1/slot".to_owned(),
             in_flight_limit_bytes: LIMIT_BYTES,
             status_interval: Duration::from_secs(10),
             silence_limit: Duration::from_secs(60),

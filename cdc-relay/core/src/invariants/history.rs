@@ -107,6 +107,7 @@ pub(super) fn options(policy: Policy) -> Options {
         source: source_to("t"),
         policies: Policies::all(policy),
         dead_letter_topic: "dead".into(),
+        dead_letter_source: "1/slot".into(),
         in_flight_limit_bytes: LIMIT_BYTES,
         status_interval: STATUS_INTERVAL,
         silence_limit: Duration::from_mins(1),

@@ -65,6 +65,7 @@ fn start(
         source: source_to("${aggregatetype}"),
         policies,
         dead_letter_topic: DEAD_LETTERS.into(),
+        dead_letter_source: "1/slot".into(),
         in_flight_limit_bytes: LIMIT_BYTES,
         status_interval: STATUS_INTERVAL,
         silence_limit: Duration::from_mins(1),
