@@ -42,6 +42,7 @@ pub(crate) struct Metrics {
     pub(crate) slot_restart_lag_bytes: Gauge,
     pub(crate) slot_safe_wal_bytes: Gauge,
     pub(crate) parked_aggregates: Gauge,
+    pub(crate) redriven: Counter,
     errors: Family<ErrorLabel, Counter>,
     diverted: Family<DivertedLabels, Counter>,
 }
@@ -103,6 +104,11 @@ impl Metrics {
             "parked_aggregates",
             "Aggregates whose rows go to the dead-letter topic until a redrive",
             self.parked_aggregates.clone(),
+        );
+        r.register(
+            "redriven_rows",
+            "Dead letters that were published to their topic after all",
+            self.redriven.clone(),
         );
         r.register(
             "diverted_rows",

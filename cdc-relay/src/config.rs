@@ -10,7 +10,7 @@ use relay_core::{
     source,
 };
 use serde::Deserialize;
-use service::{Failure, Secret, config::HttpConfig, logs::LogConfig};
+use service::{Failure, Secret, logs::LogConfig};
 
 use self::outbox::{CloudEventsConfig, MessagesConfig, OutboxConfig, RouteConfig};
 use crate::replication::conninfo::ConnInfo;
@@ -20,7 +20,7 @@ pub(crate) const EXAMPLE: &str = include_str!("../config.example.toml");
 pub(crate) const ENV_PREFIX: &str = "CDC_RELAY";
 
 /// The file as it is written.
-#[derive(Debug, Clone, Deserialize, PartialEq)]
+#[derive(Debug, Clone, Deserialize, PartialEq, Default)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct Config {
     pub(crate) postgres: PostgresConfig,
@@ -86,27 +86,16 @@ pub(crate) enum PolicyName {
 
 #[derive(Debug, Clone, Deserialize, PartialEq)]
 #[serde(deny_unknown_fields, default)]
+pub(crate) struct HttpConfig {
+    pub(crate) listen: String,
+    pub(crate) admin_token: Secret,
+}
+
+#[derive(Debug, Clone, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields, default)]
 pub(crate) struct LimitsConfig {
     pub(crate) in_flight_bytes: usize,
     pub(crate) drain_seconds: u64,
-}
-
-impl Default for Config {
-    fn default() -> Self {
-        Self {
-            postgres: PostgresConfig::default(),
-            outbox: OutboxConfig::default(),
-            outboxes: Vec::new(),
-            messages: MessagesConfig::default(),
-            route: RouteConfig::default(),
-            cloudevents: CloudEventsConfig::default(),
-            kafka: KafkaConfig::default(),
-            poison: PoisonConfig::default(),
-            limits: LimitsConfig::default(),
-            http: HttpConfig { listen: "127.0.0.1:8081".into() },
-            log: LogConfig::default(),
-        }
-    }
 }
 
 impl Default for PostgresConfig {
@@ -170,6 +159,12 @@ impl PoisonConfig {
     }
 }
 
+impl Default for HttpConfig {
+    fn default() -> Self {
+        Self { listen: "127.0.0.1:8081".into(), admin_token: Secret::default() }
+    }
+}
+
 impl Default for LimitsConfig {
     fn default() -> Self {
         Self { in_flight_bytes: 16 * 1024 * 1024, drain_seconds: 10 }
@@ -195,6 +190,7 @@ pub(crate) struct Settings {
     pub(crate) in_flight_limit_bytes: usize,
     pub(crate) drain_grace: Duration,
     pub(crate) listen: String,
+    pub(crate) admin_token: Secret,
     pub(crate) log: LogConfig,
 }
 
@@ -268,6 +264,7 @@ impl Config {
             in_flight_limit_bytes: self.limits.in_flight_bytes,
             drain_grace: seconds("limits.drain_seconds", self.limits.drain_seconds, 0)?,
             listen: self.http.listen,
+            admin_token: self.http.admin_token,
             log: self.log,
         })
     }

@@ -35,7 +35,7 @@ use relay_core::{Outgoing, poison::Poison, progress::Ticket, record::Record};
 pub(crate) use self::{
     client::check,
     create::{NewTopic, create_topics},
-    history::read_to_end,
+    history::{History, Patience},
 };
 use self::{
     client::{client_config, compresses, not_taken},
@@ -289,6 +289,11 @@ impl Producer {
             let code = error.rdkafka_error_code().unwrap_or(RDKafkaErrorCode::Unknown);
             refused(&Failed { code, topic: entry.topic.clone(), identity: None })
         })
+    }
+
+    /// Forgets what is known of topics: each is asked about again.
+    pub(crate) fn forget_topics(&mut self) {
+        self.topics.clear();
     }
 
     /// How many records were enqueued since the last call.

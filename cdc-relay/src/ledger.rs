@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     config::Settings,
     error::{Error, Kind},
-    kafka,
+    kafka::{History, Patience},
     shared::Shared,
 };
 
@@ -73,13 +73,11 @@ pub(crate) struct Owner {
 }
 
 impl Owner {
-    fn key(&self) -> String {
+    /// Its entries' keys begin with this, and its dead letters carry it as `dlq.source`.
+    pub(crate) fn key(&self) -> String {
         format!("{}/{}", self.system, self.slot)
     }
 }
-
-/// Err when it is no use to wait any longer.
-pub(crate) type Patience<'a> = &'a dyn Fn() -> Result<(), Error>;
 
 /// What was written down.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -108,37 +106,42 @@ impl Ledger {
             // Another's entry that cannot be read is not ours to mend.
             Some((key.strip_suffix(&suffix)?.to_owned(), serde_json::from_slice(value).ok()?))
         });
-        let mut ledger = Self { checkpoint, others: others.collect(), parked: BTreeMap::new() };
-        match ledger.read_parked(settings, owner, patience) {
-            // Without a policy that parks there may be no such topic, or none for us.
-            Err(e) if !settings.may_park() && matches!(e.kind, Kind::Halted | Kind::Refused) => {
-                tracing::debug!("parked keys are not read: {e}");
-            }
-            read => read?,
-        }
-        Ok(ledger)
+        let others = others.collect();
+        Ok(Self { checkpoint, others, parked: read_parked(settings, &owner.key(), patience)? })
     }
+}
 
-    fn read_parked(
-        &mut self,
-        settings: &Settings,
-        owner: &Owner,
-        patience: Patience<'_>,
-    ) -> Result<(), Error> {
-        let prefix = format!("{}/", owner.key());
-        let topic = &settings.parked_keys_topic;
-        let wanted = |key: &str| key.starts_with(&prefix);
-        let Some(entries) = read_entries(settings, topic, patience, wanted, |_, _| true)? else {
+/// The parked aggregates of an owner, by its [key](Owner::key).
+///
+/// # Errors
+/// Halted where their topic does not exist and a policy needs it.
+pub(crate) fn read_parked(
+    settings: &Settings,
+    owner: &str,
+    patience: Patience<'_>,
+) -> Result<BTreeMap<Key, Identity>, Error> {
+    let prefix = format!("{owner}/");
+    let topic = &settings.parked_keys_topic;
+    let wanted = |key: &str| key.starts_with(&prefix);
+    let entries = match read_entries(settings, topic, patience, wanted, |_, _| true) {
+        // Without a policy that parks there may be no such topic, or none for us.
+        Err(e) if !settings.may_park() && e.kind == Kind::Refused => {
+            tracing::debug!("parked keys are not read: {e}");
+            BTreeMap::new()
+        }
+        Ok(None) if !settings.may_park() => BTreeMap::new(),
+        Ok(None) => {
             let what = format!("topic {topic} does not exist, and a policy in [poison] is park-key");
             return Err(Error::new(Kind::Halted, what).hint("`cdc-relay init` creates it"));
-        };
-        for value in entries.values() {
-            let Parked { aggregate_type, aggregate_id, lsn, seq, .. } = parse(topic, value)?;
-            let first = Identity { commit_lsn: lsn, seq };
-            self.parked.insert(Key { aggregate_type, aggregate_id }, first);
         }
-        Ok(())
-    }
+        Ok(Some(entries)) => entries,
+        Err(e) => return Err(e),
+    };
+    let parse = |value: &Vec<u8>| {
+        let Parked { aggregate_type, aggregate_id, lsn, seq, .. } = parse(topic, value)?;
+        Ok((Key { aggregate_type, aggregate_id }, Identity { commit_lsn: lsn, seq }))
+    };
+    entries.values().map(parse).collect()
 }
 
 /// Whether the checkpoint that comes later in the topic is the later one. A relay that lost its slot while it was
@@ -162,9 +165,10 @@ fn read_entries(
     supersedes: impl Fn(&[u8], &[u8]) -> bool,
 ) -> Result<Option<BTreeMap<String, Vec<u8>>>, Error> {
     let mut entries: BTreeMap<String, Vec<u8>> = BTreeMap::new();
-    let exists = kafka::read_to_end(&settings.kafka, topic, patience, |message| {
+    let Some(mut history) = History::open(&settings.kafka, topic, patience)? else { return Ok(None) };
+    history.read_on(patience, |message| {
         let key = message.key().and_then(|key| std::str::from_utf8(key).ok());
-        let Some(key) = key.filter(|key| wanted(key)) else { return };
+        let Some(key) = key.filter(|key| wanted(key)) else { return Ok(()) };
         match message.payload() {
             None => drop(entries.remove(key)),
             Some(value) => match entries.entry(key.to_owned()) {
@@ -175,8 +179,9 @@ fn read_entries(
                 Slot::Occupied(_) => {}
             },
         }
+        Ok(())
     })?;
-    Ok(exists.then_some(entries))
+    Ok(Some(entries))
 }
 
 fn parse<T: serde::de::DeserializeOwned>(topic: &str, value: &[u8]) -> Result<T, Error> {

@@ -4,6 +4,7 @@ mod admin;
 mod cli;
 mod config;
 mod diversions;
+mod dlq;
 mod error;
 mod kafka;
 mod ledger;

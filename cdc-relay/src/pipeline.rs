@@ -22,6 +22,7 @@ use relay_core::{
 use crate::{
     config::{KafkaConfig, Settings},
     diversions::Diversions,
+    dlq::redrive::{Hands, Progress, Redrive},
     error::{Error, Kind},
     kafka::{Batch, Offer, Producer},
     ledger::{Owner, Reader, Writer},
@@ -72,6 +73,8 @@ struct Session<'a> {
     /// The record that Kafka could not take yet, as it came: its ticket and its message. Nothing is read while
     /// there is one.
     pending: Option<(Ticket, Vec<u8>)>,
+    /// While one is under way, input may be paused.
+    redrive: Option<Redrive>,
     /// Scratch for acknowledgements.
     acknowledged: Vec<Ticket>,
     ignored_before: u64,
@@ -134,6 +137,11 @@ pub(crate) fn session(shared: &Shared, wakeups: &Wakeups, memory: &mut Memory) -
         Ok(mut session) => {
             let mut result = session.run();
             let was_well = session.is_well;
+            shared.redrives.close();
+            if let (Err(e), Some(mut redrive)) = (&result, session.redrive.take()) {
+                redrive.give_up(&format!("the relay's session ended: {e}"));
+                redrive.answer();
+            }
             result = match result {
                 Ok(()) => session.finish(),
                 Err(e) if e.kind == Kind::Halted => {
@@ -157,7 +165,7 @@ fn begin<'a>(shared: &'a Shared, wakeups: &'a Wakeups, memory: &mut Memory) -> R
     let reader = Reader::start(shared, owner.clone())?;
     let producer =
         Producer::new(&settings.kafka, memory.batch, shared.waker.clone(), shared.metrics.clone())?;
-    let options = relay_options(settings, &position, partitions);
+    let options = relay_options(settings, &owner, &position, partitions);
     shared.postgres_stops.store(false, Ordering::Relaxed);
     shared.metrics.sessions.inc();
     shared.metrics.standby.set(0);
@@ -177,6 +185,7 @@ fn begin<'a>(shared: &'a Shared, wakeups: &'a Wakeups, memory: &mut Memory) -> R
         diversions: Diversions::new(shared.metrics.clone()),
         refused: memory.refused.clone(),
         pending: None,
+        redrive: None,
         acknowledged: Vec::new(),
         ignored_before: 0,
         pace: Pace::new(),
@@ -187,11 +196,17 @@ fn begin<'a>(shared: &'a Shared, wakeups: &'a Wakeups, memory: &mut Memory) -> R
 }
 
 /// What the state machine has to know for a session on this slot.
-pub(crate) fn relay_options(settings: &Settings, position: &Position, partitions: Partitions) -> Options {
+pub(crate) fn relay_options(
+    settings: &Settings,
+    owner: &Owner,
+    position: &Position,
+    partitions: Partitions,
+) -> Options {
     Options {
         source: source::Options { partitions, ..settings.source.clone() },
         policies: settings.policies,
         dead_letter_topic: settings.dead_letter_topic.clone(),
+        dead_letter_source: owner.key(),
         in_flight_limit_bytes: settings.in_flight_limit_bytes,
         status_interval: status_interval(position.wal_sender_timeout_ms),
         // The server may be busy decoding, and looks at our requests for a reply no sooner than it would care.
@@ -256,10 +271,11 @@ impl Session<'_> {
             // A transaction that has been read in part is read to its end even while draining: only then can
             // what Kafka has of it be confirmed, and need not be repeated.
             let wanted =
-                !self.lets_postgres_stop()? && (draining.is_none() || self.relay.is_in_transaction());
+                !self.lets_postgres_stop()? && (!self.pauses(draining) || self.relay.is_in_transaction());
             let read = wanted && self.pending.is_none() && self.relay.wants_input();
             self.relay.set_listening(read, self.now());
-            let progressed = if read { self.read()? } else { self.retry_pending()? };
+            let mut progressed = if read { self.read()? } else { self.retry_pending()? };
+            progressed |= self.redrive(draining.is_some())?;
             self.keep_parking()?;
             self.tell();
             if !progressed {
@@ -280,9 +296,40 @@ impl Session<'_> {
         self.is_admitted = true;
         self.shared.metrics.streaming.set(1);
         self.shared.health.ready("streaming");
+        self.shared.redrives.open(self.writer.owner.key());
         let (slot, confirmed) = (&self.shared.settings.slot, self.confirmed_at_start);
         tracing::info!(slot, confirmed_lsn = %confirmed, checkpoint_lsn = %checkpoint, "streaming");
         Ok(())
+    }
+
+    /// Whether no new transaction is read.
+    fn pauses(&self, draining: Option<Duration>) -> bool {
+        draining.is_some() || self.redrive.as_ref().is_some_and(Redrive::pauses_input)
+    }
+
+    /// Goes on with the redrive that is under way or asked for. Whether anything came of it.
+    fn redrive(&mut self, stopping: bool) -> Result<bool, Error> {
+        if self.redrive.is_none() {
+            let Some(job) = self.shared.redrives.take() else { return Ok(false) };
+            self.redrive = Some(Redrive::start(job, self.shared, &self.relay, self.now())?);
+        }
+        let now = self.now();
+        let Some(redrive) = &mut self.redrive else { return Ok(false) };
+        let mut hands = Hands {
+            shared: self.shared,
+            relay: &mut self.relay,
+            producer: &mut self.producer,
+            now,
+            hurry: stopping || self.postgres_stops_since.is_some(),
+        };
+        let progress = redrive.go_on(&mut hands)?;
+        if progress == Progress::Over
+            && let Some(redrive) = self.redrive.take()
+        {
+            self.shared.redrives.open(self.writer.owner.key());
+            redrive.answer();
+        }
+        Ok(progress != Progress::Waits)
     }
 
     /// Writes down in Kafka what is settled, before Postgres is told.
@@ -409,7 +456,7 @@ impl Session<'_> {
     /// Whether nothing is left to do before a stop. While what earlier sessions wrote down is unknown, nothing was
     /// begun.
     fn is_drained(&self) -> bool {
-        !self.is_admitted || (self.pending.is_none() && self.relay.is_at_rest())
+        !self.is_admitted || (self.pending.is_none() && self.redrive.is_none() && self.relay.is_at_rest())
     }
 
     /// Waits for whatever comes first.
@@ -419,7 +466,11 @@ impl Session<'_> {
         let deadline =
             if write { STATUS_INTERVAL } else { self.relay.next_deadline().saturating_sub(self.now()) };
         let mut timeout = deadline.min(STATUS_INTERVAL);
-        if self.pending.is_some() || self.shared.stopping() || self.postgres_stops_since.is_some() {
+        if self.pending.is_some()
+            || self.redrive.is_some()
+            || self.shared.stopping()
+            || self.postgres_stops_since.is_some()
+        {
             timeout = timeout.min(PENDING_RETRY);
         }
         self.wakeups.wait_with(self.stream.fd(), read, write, timeout);

@@ -182,7 +182,7 @@ fn put(settings: &Settings, entry: &Entry) -> Result<(), Error> {
     Ok(())
 }
 
-fn no_answer(settings: &Settings) -> Error {
+pub(crate) fn no_answer(settings: &Settings) -> Error {
     let what =
         format!("Kafka at {} has not answered in {} s", settings.kafka.brokers, KAFKA_TIMEOUT.as_secs());
     Error::new(Kind::DeliveryFailed, what)

@@ -7,7 +7,7 @@ use std::sync::{
 
 use service::Health;
 
-use crate::{admin::Metrics, config::Settings, wait::Waker};
+use crate::{admin::Metrics, config::Settings, dlq::desk::Desk, wait::Waker};
 
 /// Cloning shares it.
 #[derive(Debug, Clone)]
@@ -20,6 +20,8 @@ pub(crate) struct Shared {
     pub(crate) stop: Arc<AtomicBool>,
     /// Set, and the waker woken, when Postgres seems to shut down.
     pub(crate) postgres_stops: Arc<AtomicBool>,
+    /// Where a redrive is asked for.
+    pub(crate) redrives: Arc<Desk>,
 }
 
 impl Shared {

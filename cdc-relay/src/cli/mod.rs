@@ -1,6 +1,7 @@
 //! The command line.
 
 mod accept_gap;
+mod dlq;
 mod init;
 mod probe;
 mod run;
@@ -82,6 +83,11 @@ enum Command {
     /// nothing is confirmed, so that the relay reads all of it again. It needs the slot for itself; a relay that
     /// starts meanwhile stands by.
     Probe(probe::Probe),
+    /// Look at dead letters, and have the relay publish them after all.
+    Dlq {
+        #[command(subcommand)]
+        command: Box<dlq::Command>,
+    },
     /// Things about the configuration.
     Config {
         #[command(subcommand)]
@@ -137,6 +143,7 @@ fn carry_out(cli: Cli) -> Result<(), Failure> {
         Some(Command::Init) => init::init(&settings),
         Some(Command::AcceptGap(command)) => accept_gap::accept_gap(&settings, &command),
         Some(Command::Probe(probe)) => probe::probe(&settings, &probe),
+        Some(Command::Dlq { command }) => dlq::carry_out(&settings, &command),
         _ => run::run(settings),
     }
 }

@@ -13,6 +13,7 @@ use service::{Failure, exit::Kind as Exit};
 use crate::{
     config::Settings,
     error::{Error, Kind},
+    ledger::Owner,
     pipeline,
     replication::{
         connection::Connection,
@@ -121,10 +122,11 @@ impl<'a> Reading<'a> {
             Some(lsn) => lsn,
             None => end_of_log(settings)?,
         };
-        let (stream, _, position, partitions) = pipeline::take_slot(settings)?;
+        let (stream, system, position, partitions) = pipeline::take_slot(settings)?;
+        let owner = Owner { system: system.identifier, slot: settings.slot.clone() };
         // It recalls no past, so it writes no checkpoint and confirms nothing.
         let mut relay = Relay::new(
-            pipeline::relay_options(settings, &position, partitions),
+            pipeline::relay_options(settings, &owner, &position, partitions),
             position.confirmed,
             Duration::ZERO,
         );

@@ -5,9 +5,9 @@ use std::{
     time::Duration,
 };
 
-use service::{Failure, Health, exit::Kind, health, metrics, shutdown::Shutdown};
+use service::{Failure, Health, access, exit::Kind, health, metrics, shutdown::Shutdown};
 
-use crate::{admin::Metrics, config::Settings, monitor, sessions, shared::Shared, wait};
+use crate::{admin::Metrics, config::Settings, dlq, monitor, sessions, shared::Shared, wait};
 
 /// How long a stop waits for what has nothing to save.
 const LEAVE_GRACE: Duration = Duration::from_secs(3);
@@ -27,12 +27,16 @@ pub(super) fn run(settings: Settings) -> Result<(), Failure> {
         waker,
         stop: Arc::default(),
         postgres_stops: Arc::default(),
+        redrives: Arc::default(),
     };
     let result = runtime.block_on(async {
         let listener = health::bind(&shared.settings.listen).await?;
         let mut registry = metrics::registry("cdc_relay");
         shared.metrics.register(&mut registry);
-        let router = health::router(shared.health.clone(), Arc::new(registry));
+        let address = listener.local_addr().map_err(|e| internal("tell the address", e))?;
+        let administration = dlq::api::router(Arc::clone(&shared.redrives));
+        let administration = access::guard(administration, address, &shared.settings.admin_token);
+        let router = health::router(shared.health.clone(), Arc::new(registry)).merge(administration);
         let (trigger, shutdown) = Shutdown::on_signals()?;
         let (http_trigger, http_shutdown) = Shutdown::manual();
         let http = tokio::spawn(health::serve(listener, router, http_shutdown));

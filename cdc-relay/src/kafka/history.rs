@@ -1,12 +1,15 @@
-//! A topic read from its beginning to its end, without a consumer group.
+//! A topic read from its beginning to its end, or record by record, without a consumer group.
 
-use std::{collections::HashSet, time::Duration};
+use std::{
+    collections::{BTreeMap, HashSet},
+    time::Duration,
+};
 
 use rdkafka::{
-    Offset, TopicPartitionList,
+    Message as _, Offset, TopicPartitionList,
     consumer::{BaseConsumer, Consumer as _},
     error::{KafkaError, RDKafkaErrorCode},
-    message::BorrowedMessage,
+    message::{BorrowedMessage, OwnedMessage},
     types::RDKafkaRespErr,
 };
 
@@ -22,51 +25,129 @@ const METADATA_TIMEOUT: Duration = Duration::from_secs(1);
 /// How often a topic must be reported missing before that is believed: a broker may be a moment behind.
 const MISSING_TRIES: u32 = 3;
 
-/// Hands every record of a topic to `take`, partition by partition in order, until its present end. Waits for
-/// Kafka as long as `patience`, asked every now and then, is Ok. False when the topic does not exist.
-///
-/// # Errors
-/// [`Kind::Refused`] when we may not read; what `patience` says.
-pub(crate) fn read_to_end(
-    config: &KafkaConfig,
-    topic: &str,
-    patience: &dyn Fn() -> Result<(), Error>,
-    mut take: impl FnMut(&BorrowedMessage<'_>),
-) -> Result<bool, Error> {
-    let consumer: BaseConsumer<Quiet> =
-        reader_config(config).create_with_context(Quiet).map_err(|e| not_taken(&e))?;
-    let Some(partitions) = partitions(&consumer, topic, patience)? else { return Ok(false) };
-    let mut list = TopicPartitionList::new();
-    for partition in &partitions {
-        // Cannot fail: the offset is a legal one.
-        let _ = list.add_partition_offset(topic, *partition, Offset::Beginning);
+/// What the consumer holds of a topic that is not handed out yet, in KiB; one message may exceed it.
+const QUEUED_KIB: &str = "4096";
+/// A record so many offsets ahead is read up to; one further away is jumped to.
+const READ_ON_OFFSETS: i64 = 1000;
+
+/// Err when it is no use to wait any longer.
+pub(crate) type Patience<'a> = &'a dyn Fn() -> Result<(), Error>;
+
+/// A topic that is being read. Waits for Kafka as long as the patience that is asked every now and then is Ok.
+pub(crate) struct History {
+    consumer: BaseConsumer<Quiet>,
+    topic: String,
+    /// The next offset of each partition.
+    next: BTreeMap<i32, Offset>,
+    /// Where [`fetch`](Self::fetch) is: partition and next offset.
+    cursor: Option<(i32, i64)>,
+}
+
+impl History {
+    /// None when the topic does not exist.
+    ///
+    /// # Errors
+    /// [`Kind::Refused`] when we may not read; what `patience` says.
+    pub(crate) fn open(
+        config: &KafkaConfig,
+        topic: &str,
+        patience: Patience<'_>,
+    ) -> Result<Option<Self>, Error> {
+        let mut client = reader_config(config);
+        client.set("queued.max.messages.kbytes", QUEUED_KIB);
+        let consumer: BaseConsumer<Quiet> = client.create_with_context(Quiet).map_err(|e| not_taken(&e))?;
+        let Some(partitions) = partitions(&consumer, topic, patience)? else { return Ok(None) };
+        let next = partitions.into_iter().map(|partition| (partition, Offset::Beginning)).collect();
+        Ok(Some(Self { consumer, topic: topic.to_owned(), next, cursor: None }))
     }
-    consumer.assign(&list).map_err(|e| Error::new(Kind::Internal, format!("cannot read {topic}: {e}")))?;
-    let mut open: HashSet<i32> = partitions.into_iter().collect();
-    while !open.is_empty() {
-        patience()?;
-        match consumer.poll(POLL) {
-            None => {}
-            Some(Ok(message)) => take(&message),
-            Some(Err(KafkaError::PartitionEOF(partition))) => {
-                open.remove(&partition);
-            }
-            Some(Err(error)) => {
-                if error.rdkafka_error_code() == Some(RDKafkaErrorCode::TopicAuthorizationFailed) {
-                    return Err(not_allowed(topic));
+
+    /// Hands every record that was not handed out yet to `take`, partition by partition in order, until the present
+    /// end of the topic.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open), and what `take` says.
+    pub(crate) fn read_on(
+        &mut self,
+        patience: Patience<'_>,
+        mut take: impl FnMut(&BorrowedMessage<'_>) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        self.cursor = None;
+        self.assign(self.next.iter().map(|(partition, offset)| (*partition, *offset)))?;
+        let mut open: HashSet<i32> = self.next.keys().copied().collect();
+        while !open.is_empty() {
+            patience()?;
+            match self.consumer.poll(POLL) {
+                None => {}
+                Some(Ok(message)) => {
+                    take(&message)?;
+                    self.next.insert(message.partition(), Offset::Offset(message.offset() + 1));
                 }
-                // Brokers that are away come back; the group that we do not use may be refused.
-                tracing::debug!("reading {topic}: {error}");
+                Some(Err(KafkaError::PartitionEOF(partition))) => {
+                    open.remove(&partition);
+                }
+                Some(Err(error)) => self.look_at(&error)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// One record; None when it is not there. Cheap when they are asked for in order.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub(crate) fn fetch(
+        &mut self,
+        partition: i32,
+        offset: i64,
+        patience: Patience<'_>,
+    ) -> Result<Option<OwnedMessage>, Error> {
+        if !self.next.contains_key(&partition) {
+            return Ok(None);
+        }
+        let near =
+            |(p, next): (i32, i64)| p == partition && (next..=next + READ_ON_OFFSETS).contains(&offset);
+        if !self.cursor.take().is_some_and(near) {
+            self.assign([(partition, Offset::Offset(offset))])?;
+        }
+        loop {
+            patience()?;
+            match self.consumer.poll(POLL) {
+                Some(Ok(message)) if message.offset() < offset => {}
+                Some(Ok(message)) if message.offset() == offset => {
+                    self.cursor = Some((partition, offset + 1));
+                    return Ok(Some(message.detach()));
+                }
+                Some(Ok(_) | Err(KafkaError::PartitionEOF(_))) => return Ok(None),
+                None => {}
+                Some(Err(error)) => self.look_at(&error)?,
             }
         }
     }
-    Ok(true)
+
+    fn assign(&self, places: impl IntoIterator<Item = (i32, Offset)>) -> Result<(), Error> {
+        let mut list = TopicPartitionList::new();
+        for (partition, offset) in places {
+            // Cannot fail: the offset is a legal one.
+            let _ = list.add_partition_offset(&self.topic, partition, offset);
+        }
+        let cannot = |e| Error::new(Kind::Internal, format!("cannot read {}: {e}", self.topic));
+        self.consumer.assign(&list).map_err(cannot)
+    }
+
+    fn look_at(&self, error: &KafkaError) -> Result<(), Error> {
+        if error.rdkafka_error_code() == Some(RDKafkaErrorCode::TopicAuthorizationFailed) {
+            return Err(not_allowed(&self.topic));
+        }
+        // Brokers that are away come back; the group that we do not use may be refused.
+        tracing::debug!("reading {}: {error}", self.topic);
+        Ok(())
+    }
 }
 
 fn partitions(
     consumer: &BaseConsumer<Quiet>,
     topic: &str,
-    patience: &dyn Fn() -> Result<(), Error>,
+    patience: Patience<'_>,
 ) -> Result<Option<Vec<i32>>, Error> {
     let mut missing = 0;
     loop {

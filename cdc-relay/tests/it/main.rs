@@ -6,6 +6,7 @@
 mod certificates;
 mod database;
 mod delivery;
+mod dlq;
 mod extremes;
 mod failures;
 mod idle;

@@ -9,14 +9,14 @@ use crate::{
 };
 
 /// A topic for dead letters, one for parked keys, and the configuration that names them.
-struct Morgue {
-    letters: Topic,
+pub(crate) struct Morgue {
+    pub(crate) letters: Topic,
     parked: Topic,
     policies: Vec<(String, String)>,
 }
 
 impl Morgue {
-    fn new(policies: &[(&str, &str)]) -> Self {
+    pub(crate) fn new(policies: &[(&str, &str)]) -> Self {
         let (letters, parked) = (Topic::new(1, &[]), Topic::new(1, &[("cleanup.policy", "compact")]));
         let variable = |name: &str| format!("CDC_RELAY_POISON__{}", name.to_uppercase());
         let mut policies: Vec<_> =
@@ -26,7 +26,7 @@ impl Morgue {
         Self { letters, parked, policies }
     }
 
-    fn environment(&self) -> Vec<(&str, &str)> {
+    pub(crate) fn environment(&self) -> Vec<(&str, &str)> {
         self.policies.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect()
     }
 }
@@ -35,7 +35,7 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().fold(String::new(), |out, byte| format!("{out}{byte:02x}"))
 }
 
-fn header(message: &OwnedMessage, name: &str) -> Option<String> {
+pub(crate) fn header(message: &OwnedMessage, name: &str) -> Option<String> {
     headers(message).into_iter().find(|(n, _)| n == name).and_then(|(_, v)| v)
 }
 

@@ -29,7 +29,7 @@ pub(crate) fn init(database: &Database) -> Output {
 
 pub(crate) struct Relay {
     pub(crate) child: Child,
-    url: String,
+    pub(crate) url: String,
     log: Arc<Mutex<String>>,
     reader: Option<JoinHandle<()>>,
 }
@@ -55,6 +55,8 @@ impl Relay {
                 log.push('\n');
             }
         });
+        let listen = environment.iter().find(|(name, _)| *name == "CDC_RELAY_HTTP__LISTEN");
+        let address = listen.map_or(address.to_string(), |(_, l)| l.replace("0.0.0.0", "127.0.0.1"));
         Self { child, url: format!("http://{address}"), log, reader: Some(reader) }
     }
 

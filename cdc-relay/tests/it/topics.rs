@@ -28,31 +28,32 @@ impl Topic {
     }
 
     pub(crate) fn on(servers: &Servers, partitions: i32, configuration: &[(&str, &str)]) -> Self {
-        let kind = format!("k{}", unique());
-        let name = format!("outbox.event.{kind}");
-        Self::make(servers, kind, name, partitions, configuration)
+        let topic = Self { brokers: servers.kafka.clone(), ..Self::missing(partitions) };
+        topic.create(configuration);
+        topic
     }
 
     /// A topic of one partition and that name.
     pub(crate) fn named(name: &str) -> Self {
-        Self::make(&Servers::shared(), String::new(), name.to_owned(), 1, &[])
+        let topic = Self { kind: String::new(), name: name.to_owned(), ..Self::missing(1) };
+        topic.create(&[]);
+        topic
     }
 
-    fn make(
-        servers: &Servers,
-        kind: String,
-        name: String,
-        partitions: i32,
-        configuration: &[(&str, &str)],
-    ) -> Self {
-        let mut new = NewTopic::new(&name, partitions, TopicReplication::Fixed(1));
+    /// One that does not exist yet.
+    pub(crate) fn missing(partitions: i32) -> Self {
+        let kind = format!("k{}", unique());
+        Self { name: format!("outbox.event.{kind}"), kind, partitions, brokers: Servers::shared().kafka }
+    }
+
+    pub(crate) fn create(&self, configuration: &[(&str, &str)]) {
+        let mut new = NewTopic::new(&self.name, self.partitions, TopicReplication::Fixed(1));
         for (key, value) in configuration {
             new = new.set(key, value);
         }
-        let admin: AdminClient<DefaultClientContext> = client(&servers.kafka).create().unwrap();
+        let admin: AdminClient<DefaultClientContext> = client(&self.brokers).create().unwrap();
         let created = runtime().block_on(admin.create_topics([&new], &AdminOptions::new())).unwrap();
         assert!(created.iter().all(Result::is_ok), "{created:?}");
-        Self { kind, name, partitions, brokers: servers.kafka.clone() }
     }
 
     /// Everything in the topic once there are at least `count` records: partition by partition, in order.
