@@ -404,13 +404,15 @@ impl Session<'_> {
     /// Handles what was read and reads more, until the socket is empty or something else is due. Whether there
     /// was anything.
     fn read(&mut self) -> Result<bool, Error> {
+        // The time of the read: what one read brings is handled in a few milliseconds.
+        let mut now = self.now();
         for _ in 0..EVENTS_PER_ROUND {
-            let now = self.started.elapsed();
             match self.stream.next_event()? {
                 None => {
                     if !self.stream.fill()? {
                         return Ok(self.pace.drained());
                     }
+                    now = self.now();
                 }
                 Some(Event::Keepalive { wal_end, reply_requested }) => {
                     self.relay.handle_keepalive(wal_end, reply_requested, now);

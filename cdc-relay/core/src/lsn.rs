@@ -18,8 +18,23 @@ impl Lsn {
 }
 
 impl fmt::Display for Lsn {
+    /// By hand, because every transaction's is written into headers.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:X}/{:X}", self.0 >> 32, self.0 & 0xFFFF_FFFF)
+        // A slash before each half, the first of which is left out.
+        let mut text = [b'/'; 18];
+        let mut start = text.len();
+        for mut half in [self.0 & 0xFFFF_FFFF, self.0 >> 32] {
+            loop {
+                start -= 1;
+                text[start] = b"0123456789ABCDEF"[(half & 0xF) as usize];
+                half >>= 4;
+                if half == 0 {
+                    break;
+                }
+            }
+            start -= 1;
+        }
+        f.write_str(str::from_utf8(&text[start + 1..]).unwrap_or_default())
     }
 }
 
