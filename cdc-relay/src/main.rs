@@ -21,6 +21,11 @@ mod wait;
 
 use std::process::ExitCode;
 
+/// librdkafka's allocator too: it allocates each record on the pipeline's thread and frees it on another, which
+/// costs most with glibc's (`cargo xtask bench drain --against` compares two builds).
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 fn main() -> ExitCode {
     cli::main()
 }
