@@ -12,7 +12,7 @@ use std::{
 
 pub use letter::{Letter, NotAPlace, Options, Outcome, Place, State};
 
-use crate::{parking::Key, record::Identity};
+use crate::{Lsn, parking::Key, record::Identity};
 
 /// The most letters that are held in memory to plan one redrive.
 pub const INDEX_LIMIT: usize = 500_000;
@@ -45,6 +45,8 @@ pub struct Index {
     parked: Vec<Key>,
     chains: HashMap<Key, u32>,
     entries: BTreeMap<Place, Entry>,
+    /// Up to where the slot's stream is settled, once that is known.
+    settled_to: Option<Lsn>,
 }
 
 impl Index {
@@ -52,11 +54,14 @@ impl Index {
     pub fn new(wanted: BTreeSet<Place>, parked: impl IntoIterator<Item = Key>) -> Self {
         let parked: Vec<Key> = parked.into_iter().collect();
         let chains = parked.iter().cloned().zip(0..).collect();
-        Self { wanted, parked, chains, entries: BTreeMap::new() }
+        Self { wanted, parked, chains, entries: BTreeMap::new(), settled_to: None }
     }
 
-    /// The aggregates that are parked by now; those that were before stay known.
-    pub fn park(&mut self, parked: impl IntoIterator<Item = Key>) {
+    /// The relay is at rest: the aggregates that are parked by now (those that were before stay known), and the LSN up to
+    /// where everything is settled. A letter from beyond it is an earlier session's: its row, and perhaps others before
+    /// it, will be read again.
+    pub fn at_rest(&mut self, parked: impl IntoIterator<Item = Key>, settled_to: Lsn) {
+        self.settled_to = Some(settled_to);
         for key in parked {
             if !self.chains.contains_key(&key) {
                 let number = u32::try_from(self.parked.len()).unwrap_or(u32::MAX);
@@ -112,7 +117,7 @@ impl Index {
 
     /// What to do.
     pub fn plan(self, options: Options) -> Plan {
-        let mut plan = Plan { options, ..Plan::default() };
+        let mut plan = Plan { options, settled_to: self.settled_to, ..Plan::default() };
         for place in &self.wanted {
             plan.outcomes.insert(*place, Outcome::NotFound);
         }
@@ -129,27 +134,20 @@ impl Index {
                 _ => {}
             }
         }
-        let mut scattered = Vec::new();
-        for ((mut chain, key), is_touched) in chains.into_iter().zip(self.parked).zip(touched) {
-            if is_touched {
-                plan.left.insert(key.clone(), chain.len());
-            }
-            let partition = chain.first().map(|g| g.place.partition);
-            let one_partition = chain.iter().all(|g| Some(g.place.partition) == partition);
-            if !one_partition {
-                // Partitions were added while it was parked, so that only the position in the log tells the order.
-                chain.sort_by_key(|g| g.entry.identity);
-            }
-            let steps = plan.take_chain(chain, &key);
-            if one_partition { plan.steps.extend(steps) } else { scattered.extend(steps) }
-        }
         for group in alone {
             if let Some(step) = plan.take_alone(group) {
                 plan.steps.push_back(step);
             }
         }
-        plan.steps.make_contiguous().sort_by_key(|step| step.place);
-        plan.steps.extend(scattered);
+        for ((mut chain, key), is_touched) in chains.into_iter().zip(self.parked).zip(touched) {
+            if is_touched {
+                plan.left.insert(key.clone(), chain.len());
+            }
+            // Not by their places: Kafka may have refused a row after a later one had been dead-lettered.
+            chain.sort_by_key(|group| group.entry.identity);
+            let steps = plan.take_chain(chain, &key);
+            plan.steps.extend(steps);
+        }
         plan
     }
 }
@@ -217,6 +215,7 @@ pub enum Next {
 #[derive(Debug, Default)]
 pub struct Plan {
     options: Options,
+    settled_to: Option<Lsn>,
     steps: VecDeque<Step>,
     outcomes: BTreeMap<Place, Outcome>,
     /// Open letters of each parked aggregate that the redrive has to do with.
@@ -270,6 +269,9 @@ impl Plan {
     fn flaw(&self, entry: &Entry) -> Option<Outcome> {
         let Options { as_is, discard, has_topic, .. } = self.options;
         match entry {
+            _ if self.settled_to.is_some_and(|lsn| entry.identity.commit_lsn >= lsn) => {
+                Some(Outcome::Unsettled)
+            }
             _ if discard => None,
             Entry { is_cut: true, .. } => Some(Outcome::Cut),
             Entry { is_whole: false, .. } if !as_is => Some(Outcome::NotWhole),

@@ -48,6 +48,8 @@ pub(crate) struct About {
     pub(crate) lsn: relay_core::Lsn,
     pub(crate) seq: u64,
     pub(crate) at: String,
+    /// The row's, in milliseconds since the Unix epoch.
+    pub(crate) timestamp_ms: i64,
     /// Only where the value is cut: how long it was, in bytes, and its SHA-256.
     pub(crate) length: Option<usize>,
     pub(crate) sha256: Option<String>,
@@ -90,6 +92,10 @@ pub(crate) fn read(message: &impl Message) -> Option<Found> {
         lsn: of_ours("dlq.lsn")?.parse().ok()?,
         seq: of_ours("dlq.seq")?.parse().ok()?,
         at: of_ours("dlq.at").unwrap_or_default(),
+        timestamp_ms: of_ours("dlq.timestamp")
+            .and_then(|ms| ms.parse().ok())
+            .or_else(|| message.timestamp().to_millis())
+            .unwrap_or_default(),
         length: of_ours("dlq.length").and_then(|n| n.parse().ok()),
         sha256: of_ours("dlq.sha256"),
     })))
@@ -154,7 +160,7 @@ impl Letter {
             // A row without an aggregate's id has an empty key in its own topic, and none as a letter.
             key: Some(message.key().unwrap_or_default().to_vec()),
             value: message.payload().map(<[u8]>::to_vec),
-            timestamp_ms: message.timestamp().to_millis().unwrap_or_default(),
+            timestamp_ms: about.timestamp_ms,
             identity: Identity { commit_lsn: about.lsn, seq: about.seq },
             headers,
         })

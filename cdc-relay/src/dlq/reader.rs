@@ -9,6 +9,7 @@ use std::sync::{
 
 use rdkafka::message::OwnedMessage;
 use relay_core::{
+    Lsn,
     parking::Key,
     redrive::{Index, Options, Place, Plan},
 };
@@ -45,7 +46,7 @@ pub(crate) enum News {
 pub(crate) struct Reader {
     stop: Arc<AtomicBool>,
     news: Receiver<News>,
-    at_rest: Sender<Vec<Key>>,
+    at_rest: Sender<(Vec<Key>, Lsn)>,
     /// Records that were read so far.
     seen: Arc<AtomicU64>,
 }
@@ -88,9 +89,9 @@ impl Reader {
     }
 
     /// Nothing more comes into the topic: the rest can be read, and the plan be made.
-    pub(crate) fn at_rest(&self, parked: Vec<Key>) {
+    pub(crate) fn at_rest(&self, parked: Vec<Key>, settled_to: Lsn) {
         // A thread that is gone has told why.
-        let _ = self.at_rest.send(parked);
+        let _ = self.at_rest.send((parked, settled_to));
     }
 }
 
@@ -138,7 +139,7 @@ impl Topic<'_> {
         &self,
         mut index: Index,
         options: Options,
-        rested: &Receiver<Vec<Key>>,
+        rested: &Receiver<(Vec<Key>, Lsn)>,
         tell: &Tell,
     ) -> Result<(), Error> {
         let topic = &self.settings.dead_letter_topic;
@@ -147,7 +148,8 @@ impl Topic<'_> {
         };
         self.read_on(&mut history, &mut index)?;
         tell.tell(News::Read)?;
-        index.park(rested.recv().map_err(|_| nobody())?);
+        let (parked, settled_to) = rested.recv().map_err(|_| nobody())?;
+        index.at_rest(parked, settled_to);
         self.read_on(&mut history, &mut index)?;
         let plan = index.plan(options);
         let places = if options.discard { Vec::new() } else { plan.places() };

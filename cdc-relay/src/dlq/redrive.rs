@@ -167,7 +167,8 @@ impl Redrive {
             Phase::Resting if hands.relay.is_at_rest() => {
                 // What was mended since a topic was last asked about counts.
                 hands.producer.forget_topics();
-                self.reader.at_rest(hands.relay.parking().keys().cloned().collect());
+                let settled_to = hands.relay.progress().confirmed();
+                self.reader.at_rest(hands.relay.parking().keys().cloned().collect(), settled_to);
                 self.phase = Phase::Planning;
             }
             Phase::Publishing => return self.publish(hands),

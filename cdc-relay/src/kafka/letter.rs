@@ -16,7 +16,8 @@ const DEFAULT_LIMIT_BYTES: usize = 1_048_588;
 /// What the headers that tell of a cut take at most, in bytes.
 const CUT_HEADERS_BYTES: usize = 256;
 
-/// Adds `dlq.at`, cuts a value that is too large and says so (`dlq.length`, the bytes it had, and `dlq.sha256`
+/// Adds `dlq.at`, which is the letter's own timestamp, too: the row's could be why its topic refused it, and goes to
+/// `dlq.timestamp`, in milliseconds since the Unix epoch. Cuts a value that is too large and says so (`dlq.length`, the bytes it had, and `dlq.sha256`
 /// of all of them), and sends it.
 pub(super) fn enqueue(
     outgoing: &Outgoing<'_>,
@@ -24,8 +25,10 @@ pub(super) fn enqueue(
     send: impl FnOnce(&Record<'_>) -> Result<Offer, Error>,
 ) -> Result<Offer, Error> {
     let mut headers: Headers = outgoing.record.headers.clone();
-    headers.push_text("dlq.at", &Utc::now().to_rfc3339_opts(SecondsFormat::Millis, true));
-    let whole = Record { headers: &headers, ..outgoing.record };
+    let now = Utc::now();
+    headers.push_text("dlq.at", &now.to_rfc3339_opts(SecondsFormat::Millis, true));
+    headers.push_text("dlq.timestamp", &outgoing.record.timestamp_ms.to_string());
+    let whole = Record { headers: &headers, timestamp_ms: now.timestamp_millis(), ..outgoing.record };
     let limit = limit_bytes.unwrap_or(DEFAULT_LIMIT_BYTES);
     let excess = batch_bytes(&whole).saturating_sub(limit);
     let sent = match whole.value {

@@ -175,6 +175,10 @@ fn what_a_broker_refuses_after_it_was_enqueued_goes_by_its_policy_too() {
     for letter in morgue.letters.read(3) {
         assert_eq!(header(&letter, "dlq.reason").as_deref(), Some("refused"));
         assert_eq!(header(&letter, "dlq.topic").as_deref(), Some(old.name.as_str()));
+        // What was wrong with the row's own timestamp is not wrong with the letter's.
+        let (own, rows) =
+            (letter.timestamp().to_millis().unwrap(), header(&letter, "dlq.timestamp").unwrap());
+        assert!(own > rows.parse().unwrap(), "{own} {rows}");
     }
     assert_eq!(old.size(), 0);
     relay.stop();

@@ -103,6 +103,8 @@ pub enum Outcome {
     Already(State),
     /// There is no open letter of this relay there.
     NotFound,
+    /// Its transaction is not settled: it will be read again.
+    Unsettled,
     Cut,
     NotWhole,
     NoTopic,
@@ -121,6 +123,7 @@ impl Outcome {
             Self::Done(state) => state.name(),
             Self::Already(_) => "already-done",
             Self::NotFound => "not-found",
+            Self::Unsettled => "unsettled",
             Self::Cut => "cut",
             Self::NotWhole => "not-whole",
             Self::NoTopic => "no-topic",
@@ -142,6 +145,9 @@ impl fmt::Display for Outcome {
             Self::Done(state) => f.write_str(state.name()),
             Self::Already(state) => write!(f, "was {} earlier; --again publishes it once more", state.name()),
             Self::NotFound => f.write_str("is not a dead letter of this relay"),
+            Self::Unsettled => {
+                f.write_str("its transaction is being read again after a restart: ask once more in a moment")
+            }
             Self::Cut => f.write_str(
                 "its value is cut: take the row from the outbox table by its id and publish it another way, then \
                  `cdc-relay dlq discard` settles the letter",
