@@ -17,6 +17,7 @@ mod sessions;
 mod setup;
 mod shared;
 mod slot;
+mod start;
 mod wait;
 
 use std::process::ExitCode;

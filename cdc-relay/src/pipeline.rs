@@ -5,37 +5,26 @@
 //! session had not confirmed is read again by the next.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashMap,
     sync::atomic::Ordering,
     time::{Duration, Instant},
 };
 
-use relay_core::{
-    Lsn, Relay,
-    poison::Poison,
-    progress::Ticket,
-    record::Identity,
-    relay::{Options, Past},
-    source,
-};
+use relay_core::{Lsn, Relay, poison::Poison, progress::Ticket, record::Identity, relay::Past};
 
 use crate::{
-    config::{KafkaConfig, Settings},
     diversions::Diversions,
     dlq::redrive::{Hands, Progress, Redrive},
     error::{Error, Kind},
-    kafka::{Batch, Offer, Producer},
+    kafka::{Offer, Producer},
     ledger::{Owner, Reader, Writer},
     position::{self, System},
-    publication,
     replication::{
-        connection::Connection,
-        handshake::Purpose,
         pace::Pace,
         stream::{Event, ReplicationStream},
     },
     shared::Shared,
-    slot::{self, Position},
+    start::{Memory, STATUS_INTERVAL, relay_options, take_slot},
     wait::Wakeups,
 };
 
@@ -47,12 +36,6 @@ const PENDING_RETRY: Duration = Duration::from_millis(100);
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(5);
 /// A session that has had nothing to do for so long is well.
 const WELL_AFTER: Duration = Duration::from_secs(10);
-/// The longest time between two status updates, whatever the server would allow.
-const STATUS_INTERVAL: Duration = Duration::from_secs(10);
-
-/// Schema and name of each partition of an outbox.
-type Partitions = HashSet<(String, String)>;
-
 /// One session, from its first connection to its end.
 struct Session<'a> {
     shared: &'a Shared,
@@ -94,40 +77,6 @@ pub(crate) struct End {
     /// Whether anything went well before: an acknowledgement, or a while with nothing to do. A session alone
     /// proves nothing, because it may fail at once, for ever.
     pub(crate) was_well: bool,
-}
-
-/// What one session leaves to the next.
-#[derive(Debug, Default)]
-pub(crate) struct Memory {
-    pub(crate) batch: Batch,
-    /// Rows that Kafka refused after they were enqueued.
-    pub(crate) refused: HashMap<Identity, Poison>,
-}
-
-/// The most rows whose refusal is remembered: each costs a session, so that many are a sign of something else.
-const REFUSED_LIMIT: usize = 1000;
-
-impl Memory {
-    /// Takes from an error what the next session can do better.
-    ///
-    /// # Errors
-    /// [`REFUSED_LIMIT`] is reached.
-    pub(crate) fn learn(&mut self, error: &Error, kafka: &KafkaConfig) -> Result<(), Error> {
-        if error.kind == Kind::BatchTooLarge {
-            self.batch = self.batch.smaller(kafka);
-        }
-        if let Some(refused) = &error.refused {
-            let (identity, poison) = &**refused;
-            self.refused.insert(*identity, poison.clone());
-        }
-        if self.refused.len() > REFUSED_LIMIT {
-            let what =
-                format!("Kafka has refused {REFUSED_LIMIT} rows after they were enqueued, the last: {error}");
-            return Err(Error::new(Kind::Halted, what)
-                .hint("mend the topic, or what writes to the outbox, then start again"));
-        }
-        Ok(())
-    }
 }
 
 /// Runs one session to its end.
@@ -193,58 +142,6 @@ fn begin<'a>(shared: &'a Shared, wakeups: &'a Wakeups, memory: &mut Memory) -> R
         is_well: false,
         waiting_since: Duration::ZERO,
     })
-}
-
-/// What the state machine has to know for a session on this slot.
-pub(crate) fn relay_options(
-    settings: &Settings,
-    owner: &Owner,
-    position: &Position,
-    partitions: Partitions,
-) -> Options {
-    Options {
-        source: source::Options { partitions, ..settings.source.clone() },
-        policies: settings.policies,
-        dead_letter_topic: settings.dead_letter_topic.clone(),
-        dead_letter_source: owner.key(),
-        in_flight_limit_bytes: settings.in_flight_limit_bytes,
-        status_interval: status_interval(position.wal_sender_timeout_ms),
-        // The server may be busy decoding, and looks at our requests for a reply no sooner than it would care.
-        silence_limit: settings.silence_limit.max(Duration::from_millis(position.wal_sender_timeout_ms)),
-    }
-}
-
-/// Takes the slot, then looks at where it stands: before, another process could still move it.
-pub(crate) fn take_slot(
-    settings: &Settings,
-) -> Result<(ReplicationStream, System, Position, Partitions), Error> {
-    let mut connection = Connection::connect(&settings.postgres, Purpose::Sql, settings.connect_timeout)?;
-    let stream = ReplicationStream::start(
-        &settings.postgres,
-        &settings.slot,
-        &settings.publication,
-        settings.source.messages.is_some(),
-        settings.connect_timeout,
-    );
-    match stream {
-        Ok((stream, system)) => {
-            let position = slot::verify(&mut connection, settings)?;
-            let partitions = publication::partitions(&mut connection, settings)?;
-            Ok((stream, system, position, partitions))
-        }
-        // What the server refuses in few words, a look at the slot explains; and one that is in use may be
-        // another database's, which would never become ours.
-        Err(e) if e.kind != Kind::PostgresAway => slot::verify(&mut connection, settings).and(Err(e)),
-        Err(e) => Err(e),
-    }
-}
-
-/// A third of what the server waits for, so that one lost update is not the end.
-fn status_interval(wal_sender_timeout_ms: u64) -> Duration {
-    match wal_sender_timeout_ms {
-        0 => STATUS_INTERVAL,
-        ms => Duration::from_millis((ms / 3).max(1)).min(STATUS_INTERVAL),
-    }
 }
 
 impl Session<'_> {

@@ -6,9 +6,10 @@ use service::{Failure, exit};
 
 use crate::{
     error::{Error, Policy},
-    pipeline::{self, Memory},
+    pipeline,
     setup::Desk,
     shared::Shared,
+    start::Memory,
     wait::Wakeups,
 };
 

@@ -34,6 +34,11 @@ const MARK: &str = "XTASK_TEST";
 /// Folders of test runs under `.stack/` begin with it.
 const PREFIX: &str = "test-";
 
+/// How many tests run at a time in one binary: more than a small machine has cores, because they mostly wait for their
+/// servers.
+const TEST_THREADS: &str = "5";
+const THREADS: &str = "RUST_TEST_THREADS";
+
 /// How many tests passed and failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 struct Count {
@@ -133,6 +138,9 @@ async fn run(args: &cli::Test, home: &Layout, stack: &mut Stack) -> Result<(Coun
     cargo.env("TEST_POSTGRES_URL", &endpoints.postgres_superuser).env("TEST_KAFKA_BROKERS", &endpoints.kafka);
     cargo.env(cli::POSTGRES, args.postgres.name());
     cargo.env(cli::NO_BUILD, "true").env(MARK, std::process::id().to_string());
+    if std::env::var_os(THREADS).is_none() {
+        cargo.env(THREADS, TEST_THREADS);
+    }
     // A group of its own, so that all of it can be ended, whatever the tests have started.
     cargo.stdin(Stdio::null()).stdout(Stdio::piped()).process_group(0).kill_on_drop(true);
     let mut child = cargo.spawn().explain(|| "start cargo".to_owned())?;

@@ -14,14 +14,13 @@ use crate::{
     config::Settings,
     error::{Error, Kind},
     ledger::Owner,
-    pipeline,
     replication::{
         connection::Connection,
         handshake::Purpose,
         pace::Pace,
         stream::{Event, ReplicationStream},
     },
-    wait,
+    start, wait,
 };
 
 /// From the Unix epoch to Postgres' (2000-01-01).
@@ -122,11 +121,11 @@ impl<'a> Reading<'a> {
             Some(lsn) => lsn,
             None => end_of_log(settings)?,
         };
-        let (stream, system, position, partitions) = pipeline::take_slot(settings)?;
+        let (stream, system, position, partitions) = start::take_slot(settings)?;
         let owner = Owner { system: system.identifier, slot: settings.slot.clone() };
         // It recalls no past, so it writes no checkpoint and confirms nothing.
         let mut relay = Relay::new(
-            pipeline::relay_options(settings, &owner, &position, partitions),
+            start::relay_options(settings, &owner, &position, partitions),
             position.confirmed,
             Duration::ZERO,
         );

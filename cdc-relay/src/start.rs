@@ -1,0 +1,110 @@
+//! What a session starts from: the slot, the settings, and what earlier sessions left.
+
+use std::{
+    collections::{HashMap, HashSet},
+    time::Duration,
+};
+
+use relay_core::{poison::Poison, record::Identity, relay::Options, source};
+
+use crate::{
+    config::{KafkaConfig, Settings},
+    error::{Error, Kind},
+    kafka::Batch,
+    ledger::Owner,
+    position::System,
+    publication,
+    replication::{connection::Connection, handshake::Purpose, stream::ReplicationStream},
+    slot::{self, Position},
+};
+
+/// The longest time between two status updates, whatever the server would allow.
+pub(crate) const STATUS_INTERVAL: Duration = Duration::from_secs(10);
+/// The most rows whose refusal is remembered: each costs a session, so that many are a sign of something else.
+const REFUSED_LIMIT: usize = 1000;
+
+/// Schema and name of each partition of an outbox.
+type Partitions = HashSet<(String, String)>;
+
+/// What one session leaves to the next.
+#[derive(Debug, Default)]
+pub(crate) struct Memory {
+    pub(crate) batch: Batch,
+    /// Rows that Kafka refused after they were enqueued.
+    pub(crate) refused: HashMap<Identity, Poison>,
+}
+
+impl Memory {
+    /// Takes from an error what the next session can do better.
+    ///
+    /// # Errors
+    /// [`REFUSED_LIMIT`] is reached.
+    pub(crate) fn learn(&mut self, error: &Error, kafka: &KafkaConfig) -> Result<(), Error> {
+        if error.kind == Kind::BatchTooLarge {
+            self.batch = self.batch.smaller(kafka);
+        }
+        if let Some(refused) = &error.refused {
+            let (identity, poison) = &**refused;
+            self.refused.insert(*identity, poison.clone());
+        }
+        if self.refused.len() > REFUSED_LIMIT {
+            let what =
+                format!("Kafka has refused {REFUSED_LIMIT} rows after they were enqueued, the last: {error}");
+            return Err(Error::new(Kind::Halted, what)
+                .hint("mend the topic, or what writes to the outbox, then start again"));
+        }
+        Ok(())
+    }
+}
+
+/// What the state machine has to know for a session on this slot.
+pub(crate) fn relay_options(
+    settings: &Settings,
+    owner: &Owner,
+    position: &Position,
+    partitions: Partitions,
+) -> Options {
+    Options {
+        source: source::Options { partitions, ..settings.source.clone() },
+        policies: settings.policies,
+        dead_letter_topic: settings.dead_letter_topic.clone(),
+        dead_letter_source: owner.key(),
+        in_flight_limit_bytes: settings.in_flight_limit_bytes,
+        status_interval: status_interval(position.wal_sender_timeout_ms),
+        // The server may be busy decoding, and looks at our requests for a reply no sooner than it would care.
+        silence_limit: settings.silence_limit.max(Duration::from_millis(position.wal_sender_timeout_ms)),
+    }
+}
+
+/// Takes the slot, then looks at where it stands: before, another process could still move it.
+pub(crate) fn take_slot(
+    settings: &Settings,
+) -> Result<(ReplicationStream, System, Position, Partitions), Error> {
+    let mut connection = Connection::connect(&settings.postgres, Purpose::Sql, settings.connect_timeout)?;
+    let stream = ReplicationStream::start(
+        &settings.postgres,
+        &settings.slot,
+        &settings.publication,
+        settings.source.messages.is_some(),
+        settings.connect_timeout,
+    );
+    match stream {
+        Ok((stream, system)) => {
+            let position = slot::verify(&mut connection, settings)?;
+            let partitions = publication::partitions(&mut connection, settings)?;
+            Ok((stream, system, position, partitions))
+        }
+        // What the server refuses in few words, a look at the slot explains; and one that is in use may be
+        // another database's, which would never become ours.
+        Err(e) if e.kind != Kind::PostgresAway => slot::verify(&mut connection, settings).and(Err(e)),
+        Err(e) => Err(e),
+    }
+}
+
+/// A third of what the server waits for, so that one lost update is not the end.
+fn status_interval(wal_sender_timeout_ms: u64) -> Duration {
+    match wal_sender_timeout_ms {
+        0 => STATUS_INTERVAL,
+        ms => Duration::from_millis((ms / 3).max(1)).min(STATUS_INTERVAL),
+    }
+}
