@@ -185,6 +185,40 @@ fn what_a_broker_refuses_after_it_was_enqueued_goes_by_its_policy_too() {
 }
 
 #[test]
+fn one_record_that_a_broker_refuses_takes_none_of_its_batch_with_it() {
+    let (mut database, topic) =
+        (Database::new(), Topic::new(1, &[("message.timestamp.before.max.ms", "3600000")]));
+    let morgue = Morgue::new(&[("refused", "dead-letter")]);
+    init(&database);
+    database.run("ALTER TABLE outbox ADD at timestamptz");
+    let kind = &topic.kind;
+    // One transaction, and time enough for it to be one batch; the record in its midst is a day old.
+    database.run(&format!(
+        "INSERT INTO outbox SELECT gen_random_uuid(), '{kind}', 'a' || n % 10, 'Counted', json_build_object('n', n), \
+         CASE n WHEN 150 THEN now() - interval '1 day' END FROM generate_series(0, 300) n"
+    ));
+    let batch = [("CDC_RELAY_OUTBOX__TIMESTAMP", "at"), ("CDC_RELAY_KAFKA__PROPERTIES__LINGER_MS", "200")];
+    let relay = Relay::start(&database, &[morgue.environment(), batch.to_vec()].concat());
+    let lsn = database.current_lsn();
+    eventually("all of it is confirmed", || (database.unconfirmed_bytes(&lsn) <= 0).then_some(()));
+    let number = |m: &OwnedMessage| {
+        let body: serde_json::Value = serde_json::from_slice(m.payload().unwrap()).unwrap();
+        body["n"].as_i64().unwrap()
+    };
+    let mut first: Vec<i64> = Vec::new();
+    for message in &topic.read(300) {
+        if !first.contains(&number(message)) {
+            first.push(number(message));
+        }
+    }
+    assert_eq!(first, (0..=300).filter(|n| *n != 150).collect::<Vec<_>>(), "in order, and all but the one");
+    let letters = morgue.letters.read(1);
+    assert!(letters.iter().all(|letter| number(letter) == 150));
+    assert_eq!(header(&letters[0], "dlq.reason").as_deref(), Some("refused"));
+    relay.stop();
+}
+
+#[test]
 fn the_size_at_which_a_topic_refuses_is_known_to_the_byte() {
     let (mut database, topic) = (Database::new(), Topic::new(1, &[("max.message.bytes", "10000")]));
     let morgue = Morgue::new(&[("too_large", "dead-letter")]);
