@@ -16,6 +16,8 @@ pub(crate) enum Kind {
     DeliveryFailed,
     /// Kafka refused a batch of several records as too large: rewind, and send smaller ones.
     BatchTooLarge,
+    /// Kafka refused a batch of several records for what one of them is: rewind, and send them one by one.
+    BatchRefused,
     /// Kafka refused a record for what it is: rewind, and do with it what its policy says.
     RecordRefused,
     /// Nothing went on for the configured time.
@@ -45,9 +47,11 @@ impl Kind {
     /// The one place that decides.
     pub(crate) fn policy(self) -> Policy {
         match self {
-            Self::PostgresAway | Self::DeliveryFailed | Self::BatchTooLarge | Self::RecordRefused => {
-                Policy::Retry
-            }
+            Self::PostgresAway
+            | Self::DeliveryFailed
+            | Self::BatchTooLarge
+            | Self::BatchRefused
+            | Self::RecordRefused => Policy::Retry,
             Self::GaveUp => Policy::Stop(exit::Kind::GaveUp),
             Self::SlotInUse => Policy::StandBy,
             Self::Refused => Policy::Stop(exit::Kind::Refused),
@@ -64,6 +68,7 @@ impl Kind {
             Self::SlotInUse => "slot_in_use",
             Self::DeliveryFailed => "delivery_failed",
             Self::BatchTooLarge => "batch_too_large",
+            Self::BatchRefused => "batch_refused",
             Self::RecordRefused => "record_refused",
             Self::GaveUp => "gave_up",
             Self::Refused => "refused",

@@ -39,7 +39,7 @@ pub(crate) use self::{
 };
 use self::{
     client::{client_config, compresses, not_taken},
-    refusal::{is_consequence, poison, refused},
+    refusal::{batch_refused, is_consequence, poison, refused},
     reports::{CHECKPOINT, Context, Failed},
     topics::{Found, Lookup, Topic},
 };
@@ -349,9 +349,9 @@ impl Producer {
         self.inner.purge(PurgeConfig::default().queue().inflight());
         // The cause, or the rest of its batch, may be in reports that are still to come.
         std::thread::sleep(CAUSE_GRACE);
-        let (failed, too_large) = {
+        let (failed, count) = {
             let reports = self.inner.context().reports();
-            (reports.failed.clone(), reports.too_large)
+            (reports.failed.clone(), reports.refused)
         };
         let Some(failed) = failed else { return Error::new(Kind::Internal, "a failure without a report") };
         match self.inner.client().fatal_error() {
@@ -361,16 +361,8 @@ impl Producer {
             {
                 refused(&Failed { code, topic: reason, identity: None })
             }
-            _ if failed.code == RDKafkaErrorCode::MessageSizeTooLarge
-                && too_large > 1
-                && self.batch != Batch::Single =>
-            {
-                Error::new(
-                    Kind::BatchTooLarge,
-                    "Kafka refused a batch as larger than its topic's max.message.bytes; going on with smaller ones. Set \
-                     kafka.properties.\"batch.size\" below that limit to avoid this",
-                )
-            }
+            // Kafka refuses a batch as a whole for its size, and for some that is wrong with one record of it.
+            _ if count > 1 && self.batch != Batch::Single => batch_refused(&failed),
             _ => refused(&failed),
         }
     }

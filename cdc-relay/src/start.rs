@@ -30,6 +30,8 @@ type Partitions = HashSet<(String, String)>;
 #[derive(Debug, Default)]
 pub(crate) struct Memory {
     pub(crate) batch: Batch,
+    /// What it was before single records were sent to find the one that is refused.
+    size_before: Option<Batch>,
     /// Rows that Kafka refused after they were enqueued.
     pub(crate) refused: HashMap<Identity, Poison>,
 }
@@ -40,8 +42,15 @@ impl Memory {
     /// # Errors
     /// [`REFUSED_LIMIT`] is reached.
     pub(crate) fn learn(&mut self, error: &Error, kafka: &KafkaConfig) -> Result<(), Error> {
-        if error.kind == Kind::BatchTooLarge {
-            self.batch = self.batch.smaller(kafka);
+        match error.kind {
+            Kind::BatchTooLarge => self.batch = self.batch.smaller(kafka),
+            Kind::BatchRefused => {
+                self.size_before.get_or_insert(self.batch);
+                self.batch = Batch::Single;
+            }
+            // The one is found that the others were refused for.
+            Kind::RecordRefused => self.batch = self.size_before.take().unwrap_or(self.batch),
+            _ => {}
         }
         if let Some(refused) = &error.refused {
             let (identity, poison) = &**refused;

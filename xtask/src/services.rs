@@ -78,9 +78,16 @@ pub(crate) fn cargo(layout: &Layout) -> Result<Command> {
 
 /// `target/`, where this program lies in `target/release/`.
 pub(crate) fn target() -> Result<PathBuf> {
-    let program = std::env::current_exe().explain(|| "find this program".to_owned())?;
+    let program = this_program()?;
     let folder = program.ancestors().nth(2).map(Path::to_path_buf);
     folder.ok_or_else(|| Failure::new("this program is not in a target folder"))
+}
+
+/// This program. Where the build has just replaced it, the system tells the path of what it was.
+pub(crate) fn this_program() -> Result<PathBuf> {
+    let program = std::env::current_exe().explain(|| "find this program".to_owned())?;
+    let replaced = program.to_str().and_then(|path| path.strip_suffix(" (deleted)")).map(PathBuf::from);
+    Ok(replaced.unwrap_or(program))
 }
 
 /// The binary of a package.

@@ -137,7 +137,7 @@ fn follow(layout: &Layout, stack: &Stack) -> tokio::task::JoinSet<()> {
 /// Starts the supervisor in the background and shows its progress until it is ready or has failed.
 async fn detach(layout: &Layout, progress: &Progress) -> Result<()> {
     let log_path = layout.log("supervisor");
-    let program = std::env::current_exe().explain(|| "find this program".to_owned())?;
+    let program = services::this_program()?;
     let mut command = Command::new(program);
     command.args(std::env::args_os().skip(1)).arg("--background");
     // Its progress comes through the pipe; once we have gone, it is in the log alone.

@@ -71,3 +71,22 @@ pub(super) fn refused(failed: &Failed) -> Error {
         ),
     }
 }
+
+/// The session's end because of a batch of several records: which of them is why shows itself in smaller ones.
+pub(super) fn batch_refused(failed: &Failed) -> Error {
+    let Failed { code, topic, .. } = failed;
+    match poison(*code, topic) {
+        Some(Poison::TooLarge { .. }) => Error::new(
+            Kind::BatchTooLarge,
+            "Kafka refused a batch as larger than its topic's max.message.bytes; going on with smaller ones. Set \
+             kafka.properties.\"batch.size\" below that limit to avoid this",
+        ),
+        Some(Poison::Refused { .. }) => {
+            let what = format!(
+                "topic {topic:?} refused a batch: {code}; going on with single records to find which is why"
+            );
+            Error::new(Kind::BatchRefused, what)
+        }
+        _ => refused(failed),
+    }
+}

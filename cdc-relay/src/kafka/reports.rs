@@ -30,8 +30,8 @@ pub(super) struct Reports {
     pub(super) checkpointed: bool,
     /// The first failure that is a cause; those that follow from it are not kept.
     pub(super) failed: Option<Failed>,
-    /// How many records were refused for their size.
-    pub(super) too_large: usize,
+    /// How many records were refused by themselves, or for what another of their batch is.
+    pub(super) refused: usize,
 }
 
 /// A record that was not delivered, or the producer's own failure.
@@ -72,7 +72,7 @@ impl Context {
 
     fn fail(&self, code: RDKafkaErrorCode, message: Option<&BorrowedMessage<'_>>) {
         let mut reports = self.reports();
-        reports.too_large += usize::from(code == RDKafkaErrorCode::MessageSizeTooLarge);
+        reports.refused += usize::from(!is_consequence(code));
         if reports.failed.as_ref().is_none_or(|f| is_consequence(f.code)) {
             let topic = message.map(|m| m.topic().to_owned()).unwrap_or_default();
             reports.failed = Some(Failed { code, topic, identity: message.and_then(identity_of) });
