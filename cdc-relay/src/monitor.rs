@@ -17,8 +17,9 @@ use crate::{
 };
 
 const INTERVAL: Duration = Duration::from_secs(2);
-/// SQLSTATE of the server's word to a session that it ends.
-const ADMIN_SHUTDOWN: &str = "57P01";
+/// SQLSTATEs of the server's word to a session that it ends, and to who asks for one while it shuts down (or starts,
+/// when there is no stream yet that it could wait for).
+const SHUTS_DOWN: [&str; 2] = ["57P01", "57P03"];
 
 /// Watches until the sending side of `stop` is dropped.
 ///
@@ -26,8 +27,8 @@ const ADMIN_SHUTDOWN: &str = "57P01";
 /// walsenders wait for whoever reads from them. So it tells the pipeline.
 pub(crate) fn run(shared: &Shared, stop: &Receiver<()>) {
     let (settings, metrics) = (&*shared.settings, &shared.metrics);
-    let mut connection = None;
-    while stop.recv_timeout(INTERVAL) == Err(RecvTimeoutError::Timeout) {
+    let (mut connection, mut wait) = (None, Duration::ZERO);
+    while stop.recv_timeout(std::mem::replace(&mut wait, INTERVAL)) == Err(RecvTimeoutError::Timeout) {
         match look(settings, metrics, &mut connection) {
             Ok(()) => {
                 // It answers, so it was only this connection that was ended.
@@ -36,7 +37,7 @@ pub(crate) fn run(shared: &Shared, stop: &Receiver<()>) {
             }
             Err(e) => {
                 connection = None;
-                if e.sqlstate.as_deref() == Some(ADMIN_SHUTDOWN) {
+                if e.sqlstate.as_deref().is_some_and(|state| SHUTS_DOWN.contains(&state)) {
                     shared.postgres_stops.store(true, Ordering::Relaxed);
                     shared.waker.wake();
                 }
