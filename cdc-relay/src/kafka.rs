@@ -39,15 +39,14 @@ pub(crate) use self::{
 };
 use self::{
     client::{client_config, compresses, not_taken},
-    refusal::{batch_refused, is_consequence, poison, refused},
-    reports::{CHECKPOINT, Context, Failed},
+    refusal::{Failed, batch_refused, is_consequence, poison, refused},
+    reports::{CHECKPOINT, Context},
     topics::{Found, Lookup, Topic},
 };
 use crate::{
     admin::Metrics,
     config::KafkaConfig,
     error::{Error, Kind},
-    ledger::Entry,
     wait::Waker,
 };
 
@@ -89,6 +88,14 @@ impl Batch {
         };
         if bytes / 2 < BATCH_LEAST_BYTES { Self::Single } else { Self::UpToBytes(bytes / 2) }
     }
+}
+
+/// An entry to write; no value takes the entry away.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Entry {
+    pub(crate) topic: String,
+    pub(crate) key: String,
+    pub(crate) value: Option<Vec<u8>>,
 }
 
 /// What became of a record that was handed over.

@@ -19,17 +19,9 @@ use serde::{Deserialize, Serialize};
 use crate::{
     config::Settings,
     error::{Error, Kind},
-    kafka::{History, Patience},
+    kafka::{Entry, History, Patience},
     shared::Shared,
 };
-
-/// An entry to write; no value takes the entry away.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Entry {
-    pub(crate) topic: String,
-    pub(crate) key: String,
-    pub(crate) value: Option<Vec<u8>>,
-}
 
 /// Everything up to `lsn` is settled in Kafka.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

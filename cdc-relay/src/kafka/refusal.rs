@@ -1,10 +1,18 @@
 //! What it means that Kafka did not take a record.
 
 use rdkafka::error::RDKafkaErrorCode as Code;
-use relay_core::poison::Poison;
+use relay_core::{poison::Poison, record::Identity};
 
-use super::reports::Failed;
 use crate::error::{Error, Kind};
+
+/// A record that was not delivered, or the producer's own failure.
+#[derive(Debug, Clone)]
+pub(super) struct Failed {
+    pub(super) code: Code,
+    pub(super) topic: String,
+    /// Which row it was, where it was one.
+    pub(super) identity: Option<Identity>,
+}
 
 /// What the failure of another record, or our own closing, did to this one: it says nothing about the cause.
 pub(super) fn is_consequence(code: Code) -> bool {

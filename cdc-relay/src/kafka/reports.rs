@@ -17,7 +17,10 @@ use rdkafka::{
 };
 use relay_core::{progress::Ticket, record::Identity};
 
-use super::{door::Door, refusal::is_consequence};
+use super::{
+    door::Door,
+    refusal::{Failed, is_consequence},
+};
 use crate::{admin::Metrics, wait::Waker};
 
 /// Stands for the checkpoint where a record has its ticket.
@@ -32,15 +35,6 @@ pub(super) struct Reports {
     pub(super) failed: Option<Failed>,
     /// How many records were refused by themselves, or for what another of their batch is.
     pub(super) refused: usize,
-}
-
-/// A record that was not delivered, or the producer's own failure.
-#[derive(Debug, Clone)]
-pub(super) struct Failed {
-    pub(super) code: RDKafkaErrorCode,
-    pub(super) topic: String,
-    /// Which row it was, where it was one.
-    pub(super) identity: Option<Identity>,
 }
 
 pub(super) struct Context {
