@@ -1,16 +1,58 @@
 //! Where a row goes: to its topic, to the dead-letter topic, or nowhere.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, fmt};
 
 use crate::{
     Outgoing,
     parking::{Key, Marker, PARKED_LIMIT, Parking},
-    poison::{Poison, Policies, Policy},
-    progress::{Progress, Ticket},
+    poison::{Kind, Poison, Policies, Policy},
+    progress::{NotInFlight, Progress, Ticket},
     record::{Headers, Identity, Record},
-    relay::{Diversion, Halt},
-    source::Drafted,
+    source::{Drafted, StreamError},
 };
+
+/// Why the relay must not go on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Halt {
+    /// The stream cannot be followed.
+    Stream(StreamError),
+    /// A row that cannot become a record, and the policy of whose kind is to halt.
+    Poison { row: String, poison: Poison },
+    /// More aggregates would be parked than the limit allows.
+    TooManyParked { limit: usize },
+    /// A delivery report for a record that is not in flight.
+    UnknownTicket(NotInFlight),
+}
+
+impl fmt::Display for Halt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Stream(error) => error.fmt(f),
+            Self::Poison { row, poison } => write!(f, "{row} cannot be published: {poison}"),
+            Self::TooManyParked { limit } => write!(f, "{limit} aggregates are parked, which is the limit"),
+            Self::UnknownTicket(NotInFlight(ticket)) => {
+                write!(f, "Kafka reported the delivery of record {} which is not in flight", ticket.0)
+            }
+        }
+    }
+}
+
+impl std::error::Error for Halt {}
+
+impl From<StreamError> for Halt {
+    fn from(error: StreamError) -> Self {
+        Self::Stream(error)
+    }
+}
+
+/// A row that did not go the usual way.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Diversion {
+    pub kind: Kind,
+    pub policy: Policy,
+    /// Which row it was and why, for an operator.
+    pub what: String,
+}
 
 /// What decides it.
 #[derive(Debug)]

@@ -6,18 +6,18 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    fmt,
     time::Duration,
 };
 
+pub use crate::disposal::{Diversion, Halt};
 use crate::{
     Lsn, Outgoing,
     disposal::Disposal,
     parking::{Key, Marker, Parking},
-    poison::{Kind, Poison, Policies, Policy},
-    progress::{NotInFlight, Progress, Ticket},
+    poison::{Poison, Policies},
+    progress::{Progress, Ticket},
     record::{Headers, Identity},
-    source::{self, Source, Step, StreamError},
+    source::{self, Source, Step},
 };
 
 /// Between two checkpoints. Each costs a small record, and only what one covers can be confirmed.
@@ -59,49 +59,6 @@ pub struct StatusUpdate {
     pub received: Lsn,
     /// What may be forgotten by the server.
     pub confirmed: Lsn,
-}
-
-/// Why the relay must not go on.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Halt {
-    /// The stream cannot be followed.
-    Stream(StreamError),
-    /// A row that cannot become a record, and the policy of whose kind is to halt.
-    Poison { row: String, poison: Poison },
-    /// More aggregates would be parked than the limit allows.
-    TooManyParked { limit: usize },
-    /// A delivery report for a record that is not in flight.
-    UnknownTicket(NotInFlight),
-}
-
-impl fmt::Display for Halt {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Stream(error) => error.fmt(f),
-            Self::Poison { row, poison } => write!(f, "{row} cannot be published: {poison}"),
-            Self::TooManyParked { limit } => write!(f, "{limit} aggregates are parked, which is the limit"),
-            Self::UnknownTicket(NotInFlight(ticket)) => {
-                write!(f, "Kafka reported the delivery of record {} which is not in flight", ticket.0)
-            }
-        }
-    }
-}
-
-impl std::error::Error for Halt {}
-
-impl From<StreamError> for Halt {
-    fn from(error: StreamError) -> Self {
-        Self::Stream(error)
-    }
-}
-
-/// A row that did not go the usual way.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Diversion {
-    pub kind: Kind,
-    pub policy: Policy,
-    /// Which row it was and why, for an operator.
-    pub what: String,
 }
 
 /// One replication session's state. A new session starts with a new one.

@@ -5,7 +5,11 @@ use std::collections::HashMap;
 use proptest::prelude::*;
 
 use super::*;
-use crate::{pgoutput::tests::encode, source::tests::source_to};
+use crate::{
+    pgoutput::tests::encode,
+    poison::Policy,
+    source::{StreamError, tests::source_to},
+};
 
 const OUTBOX: u32 = 100;
 const OTHER: u32 = 200;
