@@ -61,8 +61,10 @@ pub(crate) struct Disposal {
     pub(crate) dead_letter_topic: String,
     pub(crate) dead_letter_source: String,
     pub(crate) parking: Parking,
-    /// Rows that Kafka has refused.
+    /// Rows that Kafka refused in earlier sessions.
     pub(crate) refused: HashMap<Identity, Poison>,
+    /// The row that was refused last in this one. It is not read again, so one is all that has to be known.
+    pub(crate) refused_now: Option<(Identity, Poison)>,
     pub(crate) diversions: Vec<Diversion>,
     pub(crate) markers: Vec<Marker>,
     /// Scratch for a dead letter's headers.
@@ -82,7 +84,7 @@ impl Disposal {
         let Drafted { record, poison } = drafted;
         let is_parked = self.parking.holds(&record);
         let poison = poison
-            .or_else(|| self.refused.get(&record.identity).cloned())
+            .or_else(|| self.refusal_of(record.identity).cloned())
             .or_else(|| is_parked.then_some(Poison::BehindParked));
         let Some(poison) = poison else { return Ok(Some(outgoing(record, progress, ticket, false))) };
         let policy = match self.policies.of(poison.kind()) {
@@ -118,6 +120,11 @@ impl Disposal {
             ..record
         };
         Ok(Some(outgoing(letter, progress, ticket, true)))
+    }
+
+    fn refusal_of(&self, row: Identity) -> Option<&Poison> {
+        let now = self.refused_now.as_ref().filter(|(refused, _)| *refused == row);
+        now.map(|(_, poison)| poison).or_else(|| self.refused.get(&row))
     }
 
     fn park(&mut self, key: Key, first: Identity, progress: &mut Progress) -> Result<(), Halt> {

@@ -95,6 +95,7 @@ impl Relay {
                 dead_letter_source: options.dead_letter_source.clone(),
                 parking: Parking::default(),
                 refused: HashMap::new(),
+                refused_now: None,
                 diversions: Vec::new(),
                 markers: Vec::new(),
                 headers: Headers::default(),
@@ -166,7 +167,7 @@ impl Relay {
         poison: Poison,
     ) -> Result<Option<Outgoing<'a>>, Halt> {
         let drafted = self.source.repeat(bytes)?;
-        self.disposal.refused.insert(drafted.record.identity, poison);
+        self.disposal.refused_now = Some((drafted.record.identity, poison));
         self.disposal.dispose(drafted, &mut self.progress, Some(ticket), true)
     }
 
