@@ -20,6 +20,7 @@ $$;
 
 ALTER ROLE orders_owner PASSWORD 'orders_owner';
 ALTER ROLE order_api PASSWORD 'order_api';
+ALTER ROLE order_acks PASSWORD 'order_acks';
 ALTER ROLE cdc_relay PASSWORD 'cdc_relay';
 ALTER ROLE consumer LOGIN PASSWORD 'consumer';
 
