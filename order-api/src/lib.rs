@@ -2,6 +2,7 @@
 //! It never talks to Kafka; `cdc-relay` publishes what the outbox holds.
 
 pub mod app;
+mod auth;
 pub mod config;
 pub mod domain;
 mod error;

@@ -11,6 +11,7 @@ use axum::{
 
 use super::Context;
 use crate::{
+    auth::Client,
     error::{Error, Written},
     metrics::RequestLabels,
 };
@@ -18,6 +19,12 @@ use crate::{
 /// When the request must have been answered; the body's reader looks at it, too.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Deadline(pub(super) tokio::time::Instant);
+
+/// Tells the handlers who asks.
+pub(super) async fn authenticate(mut request: Request, next: Next) -> Response {
+    request.extensions_mut().insert(Client::default());
+    next.run(request).await
+}
 
 /// Answers 503 when the deadline passes. What is under way is dropped, and its database connection closed.
 pub(super) async fn deadline(

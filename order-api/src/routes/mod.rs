@@ -33,6 +33,7 @@ pub(crate) fn router(context: Arc<Context>, health: Health, registry: Arc<Regist
     Router::new()
         .route("/api/orders", post(orders::create))
         .route("/api/orders/{id}", get(orders::show))
+        .route_layer(axum::middleware::from_fn(middleware::authenticate))
         .with_state(Arc::clone(&context))
         .merge(service::health::router(health, registry))
         .fallback(async || Error::NoRoute)
