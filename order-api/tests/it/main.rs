@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, reason = "clippy spares test functions only, and these are their helpers")]
 
+mod compatibility;
+mod contracts;
 mod create;
 mod gate;
 mod limits;
