@@ -7,6 +7,7 @@ use service::{Failure, Health, exit::Kind, shutdown::Shutdown};
 use tokio::net::TcpListener;
 
 use crate::{
+    chores::Chores,
     config::Config,
     metrics::{Metrics, PoolCollector},
     pool::Pool,
@@ -22,6 +23,7 @@ pub struct App {
     address: SocketAddr,
     router: Router,
     watch: Watch,
+    chores: Chores,
     drain_timeout: Duration,
 }
 
@@ -52,12 +54,14 @@ pub async fn build(config: &Config) -> Result<App, Failure> {
         body_limit_bytes: config.http.body_limit_bytes,
         request_timeout: config.http.request_timeout(),
     };
-    let router = routes::router(Arc::new(context), health, Arc::new(registry));
+    let context = Arc::new(context);
+    let chores = Chores { context: Arc::clone(&context), idempotency: config.idempotency.clone() };
+    let router = routes::router(context, health, Arc::new(registry));
     let listener = service::health::bind(&config.http.listen).await?;
     let address = listener
         .local_addr()
         .map_err(|e| Failure::new(Kind::Internal, format!("cannot tell the address we listen on: {e}")))?;
-    Ok(App { listener, address, router, watch, drain_timeout: config.http.drain_timeout() })
+    Ok(App { listener, address, router, watch, chores, drain_timeout: config.http.drain_timeout() })
 }
 
 impl App {
@@ -73,6 +77,7 @@ impl App {
     pub async fn run_until_stopped(self, shutdown: Shutdown) -> Result<(), Failure> {
         tracing::info!(address = %self.address, "listening");
         let watching = tokio::spawn(self.watch.run(shutdown.clone()));
+        let chores = self.chores.start();
         let drain_is_over = async {
             shutdown.requested().await;
             tokio::time::sleep(self.drain_timeout).await;
@@ -86,6 +91,7 @@ impl App {
             }
         };
         watching.abort();
+        drop(chores);
         tracing::info!("stopped");
         served
     }

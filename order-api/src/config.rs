@@ -19,6 +19,34 @@ pub struct Config {
     pub http: HttpConfig,
     /// The orders database.
     pub postgres: PostgresConfig,
+    /// Requests that are done once.
+    pub idempotency: IdempotencyConfig,
+}
+
+/// The `[idempotency]` section.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct IdempotencyConfig {
+    /// For how long an answer is remembered at least, in hours (1 to 720).
+    pub keep_hours: u64,
+    /// How often what is older is cleaned up, in milliseconds (10 to 3,600,000).
+    pub clean_interval_ms: u64,
+}
+
+impl Default for IdempotencyConfig {
+    fn default() -> Self {
+        Self { keep_hours: 24, clean_interval_ms: 60_000 }
+    }
+}
+
+impl IdempotencyConfig {
+    pub(crate) fn keep(&self) -> Duration {
+        Duration::from_hours(self.keep_hours)
+    }
+
+    pub(crate) fn clean_interval(&self) -> Duration {
+        Duration::from_millis(self.clean_interval_ms)
+    }
 }
 
 /// The `[http]` section.
@@ -97,6 +125,8 @@ impl Config {
         within("postgres.acquire_timeout_ms", postgres.acquire_timeout_ms, 10, 60_000)?;
         within("postgres.statement_timeout_ms", postgres.statement_timeout_ms, 10, 60_000)?;
         within("postgres.check_interval_ms", postgres.check_interval_ms, 10, 60_000)?;
+        within("idempotency.keep_hours", self.idempotency.keep_hours, 1, 720)?;
+        within("idempotency.clean_interval_ms", self.idempotency.clean_interval_ms, 10, 3_600_000)?;
         postgres.connect_options().map(drop)
     }
 }
@@ -190,6 +220,8 @@ mod tests {
             ("postgres.acquire_timeout_ms", changed(|c| c.postgres.acquire_timeout_ms = 0)),
             ("postgres.statement_timeout_ms", changed(|c| c.postgres.statement_timeout_ms = 60_001)),
             ("postgres.check_interval_ms", changed(|c| c.postgres.check_interval_ms = 9)),
+            ("idempotency.keep_hours", changed(|c| c.idempotency.keep_hours = 0)),
+            ("idempotency.clean_interval_ms", changed(|c| c.idempotency.clean_interval_ms = 9)),
             ("postgres.url", changed(|c| c.postgres.url = Secret::new("mysql://x:hunter2@y/z"))),
             ("postgres.url", changed(|c| c.postgres.url = Secret::new("postgres://x:hunter2@y:port/z"))),
         ] {

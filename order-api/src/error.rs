@@ -8,6 +8,8 @@ use axum::{
 };
 use service::{Problem, problem::FieldError};
 
+use crate::domain::Status;
+
 /// Why a request is not answered with what it asked for.
 #[derive(Debug)]
 pub(crate) enum Error {
@@ -25,8 +27,22 @@ pub(crate) enum Error {
     BodyLost,
     /// The path holds something that cannot be an id.
     BadId(String),
+    /// The query string is wrong: what, in words.
+    BadQuery(String),
+    /// The `Idempotency-Key` or the `If-Match` cannot be one: what is wrong, in words.
+    BadHeader(&'static str),
     /// No such order.
     NoOrder(String),
+    /// The order has not come to that version: it is at this one.
+    NoVersion(i32),
+    /// There is an order of that id.
+    OrderExists(String),
+    /// The order's state does not allow it: why, and the state.
+    State(String, Status, i32),
+    /// The order is at another version than `If-Match` asks for: at this one.
+    Precondition(i32),
+    /// The `Idempotency-Key` was used for another request.
+    KeyReused,
     /// No such route.
     NoRoute,
     /// The route has other methods.
@@ -50,66 +66,88 @@ pub(crate) enum Written {
 const RETRY_AFTER_SECONDS: u32 = 1;
 
 impl Error {
-    fn problem(self) -> Problem {
+    /// The status, the problem's stable name and its title.
+    fn kind(&self) -> (StatusCode, &'static str, &'static str) {
+        use StatusCode as S;
         match self {
-            Self::Malformed(detail) => {
-                Problem::new(StatusCode::BAD_REQUEST, "malformed-json", "The body is not valid JSON")
-                    .detail(detail)
+            Self::Malformed(_) => (S::BAD_REQUEST, "malformed-json", "The body is not valid JSON"),
+            Self::Invalid(_) => (S::UNPROCESSABLE_ENTITY, "invalid-request", "The request is not valid"),
+            Self::TooLarge(_) => (S::PAYLOAD_TOO_LARGE, "body-too-large", "The body is too large"),
+            Self::NotJson => {
+                (S::UNSUPPORTED_MEDIA_TYPE, "unsupported-media-type", "The body is not declared as JSON")
             }
-            Self::Invalid(errors) => {
-                Problem::new(StatusCode::UNPROCESSABLE_ENTITY, "invalid-request", "The request is not valid")
-                    .detail("Correct the fields listed in errors.")
-                    .errors(errors)
+            Self::BodyTimeout(_) => (S::REQUEST_TIMEOUT, "request-timeout", "The body did not come in time"),
+            Self::BodyLost => (S::BAD_REQUEST, "incomplete-body", "The body did not come whole"),
+            Self::BadId(_) => (S::BAD_REQUEST, "invalid-id", "The path holds no such id"),
+            Self::BadQuery(_) => (S::BAD_REQUEST, "invalid-query", "The query string is not valid"),
+            Self::BadHeader(_) => (S::BAD_REQUEST, "invalid-header", "A header is not valid"),
+            Self::NoOrder(_) => (S::NOT_FOUND, "order-not-found", "No such order"),
+            Self::NoVersion(_) => (S::NOT_FOUND, "version-not-found", "No such version of the order"),
+            Self::OrderExists(_) => (S::CONFLICT, "order-exists", "There is such an order already"),
+            Self::State(..) => (S::CONFLICT, "order-state", "The order's state does not allow this"),
+            Self::Precondition(_) => {
+                (S::PRECONDITION_FAILED, "version-mismatch", "The order is at another version")
             }
-            Self::TooLarge(limit) => {
-                Problem::new(StatusCode::PAYLOAD_TOO_LARGE, "body-too-large", "The body is too large")
-                    .detail(format!("A body may have at most {limit} bytes."))
+            Self::KeyReused => (
+                S::UNPROCESSABLE_ENTITY,
+                "idempotency-key-reused",
+                "The Idempotency-Key was used for another request",
+            ),
+            Self::NoRoute => (S::NOT_FOUND, "route-not-found", "No such route"),
+            Self::WrongMethod => {
+                (S::METHOD_NOT_ALLOWED, "method-not-allowed", "The route has no such method")
             }
-            Self::NotJson => Problem::new(
-                StatusCode::UNSUPPORTED_MEDIA_TYPE,
-                "unsupported-media-type",
-                "The body is not declared as JSON",
-            )
-            .detail("Send Content-Type: application/json."),
+            Self::Unavailable(_) => {
+                (S::SERVICE_UNAVAILABLE, "database-unavailable", "The orders database is not available")
+            }
+            Self::Internal => (S::INTERNAL_SERVER_ERROR, "internal-error", "The service failed"),
+        }
+    }
+
+    fn problem(self) -> Problem {
+        let (status, slug, title) = self.kind();
+        let problem = Problem::new(status, slug, title);
+        match self {
+            Self::Malformed(detail) | Self::BadId(detail) | Self::BadQuery(detail) => problem.detail(detail),
+            Self::BadHeader(detail) => problem.detail(detail),
+            Self::Invalid(errors) => problem.detail("Correct the fields listed in errors.").errors(errors),
+            Self::TooLarge(limit) => problem.detail(format!("A body may have at most {limit} bytes.")),
+            Self::NotJson => problem.detail("Send Content-Type: application/json."),
             Self::BodyTimeout(limit) => {
-                Problem::new(StatusCode::REQUEST_TIMEOUT, "request-timeout", "The body did not come in time")
-                    .detail(format!("A request has {} ms. Nothing was written.", limit.as_millis()))
+                problem.detail(format!("A request has {} ms. Nothing was written.", limit.as_millis()))
             }
-            Self::BodyLost => {
-                Problem::new(StatusCode::BAD_REQUEST, "incomplete-body", "The body did not come whole")
-                    .detail("The connection failed before its end.")
+            Self::BodyLost => problem.detail("The connection failed before its end."),
+            Self::NoOrder(id) => problem.detail(format!("There is no order {id}.")),
+            Self::NoVersion(last) => {
+                problem.detail(format!("The order is at version {last}.")).with("currentVersion", last)
             }
-            Self::BadId(detail) => {
-                Problem::new(StatusCode::BAD_REQUEST, "invalid-id", "The path holds no order id")
-                    .detail(detail)
+            Self::OrderExists(id) => {
+                problem.detail(format!("There is an order {id}. Leave orderId out, or send another."))
             }
-            Self::NoOrder(id) => Problem::new(StatusCode::NOT_FOUND, "order-not-found", "No such order")
-                .detail(format!("There is no order {id}.")),
-            Self::NoRoute => Problem::new(StatusCode::NOT_FOUND, "route-not-found", "No such route")
-                .detail("Try POST /api/orders or GET /api/orders/{id}."),
-            Self::WrongMethod => Problem::new(
-                StatusCode::METHOD_NOT_ALLOWED,
-                "method-not-allowed",
-                "The route has no such method",
-            )
-            .detail("The Allow header lists those it has."),
-            Self::Unavailable(written) => Problem::new(
-                StatusCode::SERVICE_UNAVAILABLE,
-                "database-unavailable",
-                "The orders database is not available",
-            )
-            .detail(match written {
-                Written::Nothing => "Nothing was written. Try again later.",
-                Written::Unknown => {
-                    "The answer of the database was lost: the request may or may not have taken effect. \
-                     Look before you try again, or it may take effect twice."
-                }
-            })
-            .retry_after_seconds(RETRY_AFTER_SECONDS),
-            Self::Internal => {
-                Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "internal-error", "The service failed")
-                    .detail("This is a bug; the service's log tells more.")
-            }
+            Self::State(detail, status, version) => problem
+                .detail(detail)
+                .with("currentStatus", status.as_str())
+                .with("currentVersion", version),
+            Self::Precondition(version) => problem
+                .detail(format!(
+                    "It is at version {version}, its ETag is \"{version}\". Read it again before you change it."
+                ))
+                .with("currentVersion", version),
+            Self::KeyReused => problem.detail(
+                "A key stands for one request: its method, path and body. Send a new key with a new request.",
+            ),
+            Self::NoRoute => problem.detail("GET /openapi.json lists those there are, and /docs shows them."),
+            Self::WrongMethod => problem.detail("The Allow header lists those it has."),
+            Self::Unavailable(written) => problem
+                .detail(match written {
+                    Written::Nothing => "Nothing was written. Try again later.",
+                    Written::Unknown => {
+                        "The answer of the database was lost: the request may or may not have taken effect. \
+                         Look before you try again, or it may take effect twice."
+                    }
+                })
+                .retry_after_seconds(RETRY_AFTER_SECONDS),
+            Self::Internal => problem.detail("This is a bug; the service's log tells more."),
         }
     }
 }

@@ -3,6 +3,7 @@
 
 pub mod app;
 mod auth;
+mod chores;
 pub mod config;
 pub mod domain;
 mod error;

@@ -15,7 +15,11 @@ const CHECK: &str = "
 SELECT current_setting('transaction_read_only') = 'on',
        coalesce(string_agg(t || ' (' || p || ')', ', '), '')
 FROM (VALUES ('orders', 'SELECT'), ('orders', 'INSERT'), ('order_items', 'SELECT'), ('order_items', 'INSERT'),
-             ('order_events', 'INSERT'), ('outbox', 'INSERT')) AS needed (t, p)
+             ('order_items', 'DELETE'), ('order_events', 'SELECT'), ('order_events', 'INSERT'), ('outbox', 'INSERT'),
+             ('messages', 'SELECT'), ('messages', 'INSERT'), ('message_acks', 'SELECT'),
+             ('idempotency_keys', 'SELECT'), ('idempotency_keys', 'INSERT'), ('idempotency_keys', 'DELETE'),
+             ('instances', 'SELECT'), ('instances', 'INSERT'), ('instances', 'UPDATE'), ('instances', 'DELETE'))
+     AS needed (t, p)
 WHERE coalesce(NOT has_table_privilege(to_regclass('public.' || t), p), true)";
 
 /// Everything the watch needs.
@@ -92,7 +96,7 @@ impl Watch {
             return Err(self.schema(&format!("the role lacks {missing}")));
         }
         // Parsing the statements finds what else they need, such as columns.
-        for sql in store::STATEMENTS {
+        for sql in store::statements() {
             if let Err(e) = open.prepare(sqlx::SqlSafeStr::into_sql_str(sql)).await {
                 return Err(if e.as_database_error().is_some() {
                     self.schema(&store::describe(&e))

@@ -1,5 +1,7 @@
 //! Errors over HTTP as RFC 9457 `application/problem+json`.
 
+use std::collections::BTreeMap;
+
 use axum::{
     http::{HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
@@ -22,6 +24,9 @@ pub struct Problem {
     /// Each field that is wrong.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub errors: Vec<FieldError>,
+    /// What else a program may want to know of this kind (RFC 9457, section 3.2).
+    #[serde(flatten)]
+    pub extensions: BTreeMap<&'static str, serde_json::Value>,
     #[serde(skip)]
     retry_after_seconds: Option<u32>,
 }
@@ -44,6 +49,7 @@ impl Problem {
             status: status.as_u16(),
             detail: String::new(),
             errors: Vec::new(),
+            extensions: BTreeMap::new(),
             retry_after_seconds: None,
         }
     }
@@ -59,6 +65,13 @@ impl Problem {
     #[must_use]
     pub fn errors(mut self, errors: Vec<FieldError>) -> Self {
         self.errors = errors;
+        self
+    }
+
+    /// Something else that a program may want to know; the name is none of the members above.
+    #[must_use]
+    pub fn with(mut self, name: &'static str, value: impl Into<serde_json::Value>) -> Self {
+        self.extensions.insert(name, value.into());
         self
     }
 

@@ -2,18 +2,24 @@
 
 use chrono::{DateTime, Utc};
 use rust_decimal::Decimal;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
-use super::{Amount, Currency, CustomerId, ItemName, MenuItemId, OrderId, RestaurantId};
+use super::{
+    Amount, Currency, CustomerId, Event, EventBody, ItemName, MenuItemId, Notes, OrderId, PaymentId, Reason,
+    RestaurantId,
+};
 
 /// The most lines of an order.
 pub const MAX_ITEMS: usize = 200;
+
+/// The most events an order can have: what keeps its history readable.
+pub const MAX_VERSION: i32 = 1_000;
 
 /// The most of one item.
 pub const MAX_QUANTITY: i32 = 10_000;
 
 /// One line of an order.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Item {
     /// What was ordered.
@@ -36,6 +42,8 @@ pub(crate) fn total(items: &[Item], currency: &Currency) -> Amount {
 /// What a client orders, parsed: nothing in it can be refused any more.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NewOrder {
+    /// The client's own id for it, if it has one.
+    pub order_id: Option<OrderId>,
     /// Who orders.
     pub customer_id: CustomerId,
     /// Who prepares it.
@@ -44,10 +52,12 @@ pub struct NewOrder {
     pub currency: Currency,
     /// 1 to [`MAX_ITEMS`] lines.
     pub items: Vec<Item>,
+    /// What else should be known.
+    pub notes: Option<Notes>,
 }
 
 /// What may be done with an order next.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Status {
     /// Placed; items may still change.
@@ -65,7 +75,8 @@ pub enum Status {
 }
 
 impl Status {
-    const ALL: [(Self, &'static str); 6] = [
+    /// All of them, in the order of an order's life.
+    pub const ALL: [(Self, &'static str); 6] = [
         (Self::Created, "created"),
         (Self::Confirmed, "confirmed"),
         (Self::Preparing, "preparing"),
@@ -77,6 +88,17 @@ impl Status {
     /// As the database and the API write it.
     pub fn as_str(self) -> &'static str {
         Self::ALL[self as usize].1
+    }
+
+    /// Where an order may go from here.
+    pub fn next(self) -> &'static [Self] {
+        match self {
+            Self::Created => &[Self::Confirmed, Self::Cancelled],
+            Self::Confirmed => &[Self::Preparing, Self::Cancelled],
+            Self::Preparing => &[Self::Ready],
+            Self::Ready => &[Self::Delivered],
+            Self::Delivered | Self::Cancelled => &[],
+        }
     }
 
     /// The status that is written so.
@@ -105,6 +127,15 @@ pub struct Order {
     pub total_amount: Amount,
     /// In the order the client gave them.
     pub items: Vec<Item>,
+    /// What else should be known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub notes: Option<Notes>,
+    /// How it was paid, once it is confirmed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub payment_id: Option<PaymentId>,
+    /// Why it was called off, if it was.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cancellation_reason: Option<Reason>,
     /// When it was placed.
     pub created_at: DateTime<Utc>,
     /// When it last changed.
@@ -112,19 +143,51 @@ pub struct Order {
 }
 
 impl Order {
-    /// Places an order: its first state, of which [`super::Event::created`] tells.
-    pub fn place(new: NewOrder, order_id: OrderId, now: DateTime<Utc>) -> Self {
-        Self {
-            order_id,
+    /// The state after the first event of an order; nothing if the event is another.
+    pub fn begin(first: &Event) -> Option<Self> {
+        let EventBody::OrderCreated(details) = &first.body else { return None };
+        let details = details.clone();
+        Some(Self {
+            order_id: first.aggregate_id.clone(),
             status: Status::Created,
-            version: 1,
-            customer_id: new.customer_id,
-            restaurant_id: new.restaurant_id,
-            total_amount: total(&new.items, &new.currency),
-            currency: new.currency,
-            items: new.items,
-            created_at: now,
-            updated_at: now,
+            version: first.version,
+            customer_id: details.customer_id,
+            restaurant_id: details.restaurant_id,
+            currency: details.currency,
+            total_amount: details.total_amount,
+            items: details.items,
+            notes: details.notes,
+            payment_id: None,
+            cancellation_reason: None,
+            created_at: first.occurred_on,
+            updated_at: first.occurred_on,
+        })
+    }
+
+    /// Goes on to the state after the next event.
+    pub fn apply(&mut self, event: &Event) {
+        self.version = event.version;
+        self.updated_at = event.occurred_on;
+        match &event.body {
+            EventBody::OrderCreated(_) => {}
+            EventBody::OrderUpdated { status, details } => {
+                let details = details.clone();
+                self.status = *status;
+                self.customer_id = details.customer_id;
+                self.restaurant_id = details.restaurant_id;
+                self.currency = details.currency;
+                self.total_amount = details.total_amount;
+                self.items = details.items;
+                self.notes = details.notes;
+            }
+            EventBody::OrderConfirmed { payment_id } => {
+                self.status = Status::Confirmed;
+                self.payment_id = Some(payment_id.clone());
+            }
+            EventBody::OrderCancelled { reason } => {
+                self.status = Status::Cancelled;
+                self.cancellation_reason = Some(reason.clone());
+            }
         }
     }
 }

@@ -2,11 +2,17 @@
 
 use std::fmt;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 /// The longest name of an item, in characters.
 pub const MAX_NAME_CHARS: usize = 200;
+
+/// The longest notes, in characters.
+pub const MAX_NOTES_CHARS: usize = 1000;
+
+/// The longest reason for a cancellation, in characters.
+pub const MAX_REASON_CHARS: usize = 500;
 
 /// The longest id, in bytes (which are characters: ids are ASCII).
 const MAX_ID_BYTES: usize = 64;
@@ -19,9 +25,23 @@ fn is_id(text: &str) -> bool {
 macro_rules! ids {
     ($($(#[$about:meta])* $name:ident),+ $(,)?) => {$(
         $(#[$about])*
-        #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-        #[serde(transparent)]
+        #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+        #[serde(try_from = "String", into = "String")]
         pub struct $name(String);
+
+        impl TryFrom<String> for $name {
+            type Error = String;
+
+            fn try_from(text: String) -> Result<Self, String> {
+                Self::parse(text)
+            }
+        }
+
+        impl From<$name> for String {
+            fn from(value: $name) -> Self {
+                value.0
+            }
+        }
 
         impl $name {
             /// Takes 1 to 64 characters of `A-Z a-z 0-9 _ -`.
@@ -59,6 +79,8 @@ ids! {
     RestaurantId,
     /// What was ordered.
     MenuItemId,
+    /// How it was paid, by the payment system's own id.
+    PaymentId,
 }
 
 impl OrderId {
@@ -68,35 +90,65 @@ impl OrderId {
     }
 }
 
-/// What an item is called, for people: not blank, no control characters.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(transparent)]
-pub struct ItemName(String);
+/// Which characters a text for people may have besides those that are none of Unicode's control characters. NUL, which
+/// Postgres cannot store, is never one.
+const LINE_BREAKS: &[char] = &['\n', '\r', '\t'];
 
-impl ItemName {
-    /// Takes 1 to [`MAX_NAME_CHARS`] characters.
-    ///
-    /// # Errors
-    /// What is wrong, in words.
-    pub fn parse(text: impl Into<String>) -> Result<Self, String> {
-        let text = text.into();
-        if text.trim().is_empty() {
-            return Err("must not be blank".into());
-        }
-        if text.chars().count() > MAX_NAME_CHARS {
-            return Err(format!("must have at most {MAX_NAME_CHARS} characters"));
-        }
-        // Among them is NUL, which Postgres cannot store.
-        if text.chars().any(char::is_control) {
-            return Err("must not contain control characters".into());
-        }
-        Ok(Self(text))
-    }
+macro_rules! texts {
+    ($($(#[$about:meta])* $name:ident: $most:ident, $also:expr;)+) => {$(
+        $(#[$about])*
+        #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+        #[serde(try_from = "String", into = "String")]
+        pub struct $name(String);
 
-    /// The text itself.
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
+        impl $name {
+            #[doc = concat!("Takes 1 to [`", stringify!($most), "`] characters.")]
+            ///
+            /// # Errors
+            /// What is wrong, in words.
+            pub fn parse(text: impl Into<String>) -> Result<Self, String> {
+                let text = text.into();
+                if text.trim().is_empty() {
+                    return Err("must not be blank".into());
+                }
+                if text.chars().count() > $most {
+                    return Err(format!("must have at most {} characters", $most));
+                }
+                if text.chars().any(|c| c.is_control() && !$also.contains(&c)) {
+                    return Err("must not contain control characters".into());
+                }
+                Ok(Self(text))
+            }
+
+            /// The text itself.
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl TryFrom<String> for $name {
+            type Error = String;
+
+            fn try_from(text: String) -> Result<Self, String> {
+                Self::parse(text)
+            }
+        }
+
+        impl From<$name> for String {
+            fn from(value: $name) -> Self {
+                value.0
+            }
+        }
+    )+};
+}
+
+texts! {
+    /// What an item is called, for people: not blank, no control characters.
+    ItemName: MAX_NAME_CHARS, [] as [char; 0];
+    /// What the customer wants known about the order: not blank, lines and tabs allowed.
+    Notes: MAX_NOTES_CHARS, LINE_BREAKS;
+    /// Why an order was called off: not blank, lines and tabs allowed.
+    Reason: MAX_REASON_CHARS, LINE_BREAKS;
 }
 
 /// A valid W3C `traceparent`, as it came.

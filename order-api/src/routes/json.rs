@@ -1,7 +1,7 @@
 //! Reading a JSON body: bounded, in time, and so that every wrong field is told at once by its JSON pointer.
 //! Values stay raw text until whoever knows the field parses them, so no number passes through a float.
 
-use std::{fmt, time::Duration};
+use std::fmt;
 
 use axum::{
     body::to_bytes,
@@ -16,7 +16,7 @@ use serde_json::value::RawValue;
 use service::problem::FieldError;
 use tokio::time::{Instant, timeout_at};
 
-use super::middleware::Deadline;
+use super::{Context, middleware::Deadline};
 use crate::error::Error;
 
 /// No object of ours has nearly as many members; beyond it we stop keeping them.
@@ -29,7 +29,8 @@ const MAX_ERRORS: usize = 50;
 const MAX_NAME_CHARS: usize = 100;
 
 /// The body as text, once it is known to be one JSON value.
-pub(super) async fn read(request: Request, limit_bytes: usize, timeout: Duration) -> Result<String, Error> {
+pub(super) async fn read(request: Request, context: &Context) -> Result<String, Error> {
+    let (limit_bytes, timeout) = (context.body_limit_bytes, context.request_timeout);
     if !is_json(request.headers()) {
         return Err(Error::NotJson);
     }
@@ -142,6 +143,11 @@ impl<'a> Field<'a> {
         Some(Object { pointer: self.pointer.clone(), members: members.kept })
     }
 
+    /// Whether it is JSON's null.
+    pub(super) fn is_null(&self) -> bool {
+        self.raw.get() == "null"
+    }
+
     fn member(&self, name: &str) -> String {
         let name: String = name.chars().take(MAX_NAME_CHARS).collect();
         format!("{}/{}", self.pointer, name.replace('~', "~0").replace('/', "~1"))
@@ -210,11 +216,15 @@ pub(super) struct Object<'a> {
 }
 
 impl<'a> Object<'a> {
+    /// The member of that name, whatever it is.
+    pub(super) fn given(&self, name: &str) -> Option<Field<'a>> {
+        let (_, raw) = self.members.iter().find(|(n, _)| n == name)?;
+        Some(Field { pointer: format!("{}/{name}", self.pointer), raw })
+    }
+
     /// The member of that name; null is the same as none.
     pub(super) fn optional(&self, name: &str) -> Option<Field<'a>> {
-        let (_, raw) = self.members.iter().find(|(n, _)| n == name)?;
-        let pointer = format!("{}/{name}", self.pointer);
-        (raw.get() != "null").then_some(Field { pointer, raw })
+        self.given(name).filter(|field| !field.is_null())
     }
 
     /// The member of that name, which there must be.

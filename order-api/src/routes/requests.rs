@@ -2,11 +2,11 @@
 
 use rust_decimal::{Decimal, prelude::ToPrimitive};
 
-use super::json::{Errors, Field};
+use super::json::{Errors, Field, Object};
 use crate::{
     domain::{
-        Amount, Currency, CustomerId, Item, ItemName, MAX_ITEMS, MAX_QUANTITY, MenuItemId, NewOrder,
-        RestaurantId, parse_decimal, total,
+        Amount, Command, Currency, CustomerId, Item, ItemName, MAX_ITEMS, MAX_QUANTITY, MenuItemId, NewOrder,
+        Notes, OrderId, PaymentId, Reason, RestaurantId, Status, Update, parse_decimal, total,
     },
     error::Error,
 };
@@ -22,8 +22,9 @@ pub(super) fn new_order(body: &str) -> Result<NewOrder, Error> {
 }
 
 fn order(body: &Field<'_>, errors: &mut Errors) -> Option<NewOrder> {
-    let known = &["customerId", "restaurantId", "items", "currency", "totalAmount"];
+    let known = &["orderId", "customerId", "restaurantId", "items", "currency", "totalAmount", "notes"];
     let object = body.object(known, errors)?;
+    let order_id = object.optional("orderId").map(|f| f.string(errors, OrderId::parse));
     let customer_id = object.required("customerId", errors).and_then(|f| f.string(errors, CustomerId::parse));
     let restaurant_id =
         object.required("restaurantId", errors).and_then(|f| f.string(errors, RestaurantId::parse));
@@ -36,6 +37,7 @@ fn order(body: &Field<'_>, errors: &mut Errors) -> Option<NewOrder> {
         let amount = field.number(true, errors, parse_decimal)?;
         Some((field.pointer, amount))
     });
+    let notes = object.optional("notes").map(|f| f.string(errors, Notes::parse));
     let (items, currency) = (items?, currency?);
     if let Some((pointer, claimed)) = claimed {
         let total = total(&items, &currency);
@@ -43,7 +45,84 @@ fn order(body: &Field<'_>, errors: &mut Errors) -> Option<NewOrder> {
             errors.add(pointer, format!("must be {total}, the sum of price times quantity"));
         }
     }
-    Some(NewOrder { customer_id: customer_id?, restaurant_id: restaurant_id?, currency, items })
+    Some(NewOrder {
+        // Given and wrong is not the same as not given.
+        order_id: order_id.map_or(Some(None), |id| id.map(Some))?,
+        customer_id: customer_id?,
+        restaurant_id: restaurant_id?,
+        currency,
+        items,
+        notes: notes.map_or(Some(None), |notes| notes.map(Some))?,
+    })
+}
+
+/// The body of `PATCH /api/orders/{id}`, a merge patch (<https://www.rfc-editor.org/rfc/rfc7396>).
+///
+/// # Errors
+/// Every field that is wrong, by its pointer.
+pub(super) fn update(body: &str) -> Result<Command, Error> {
+    one(body, &["items", "notes"], |object, errors| {
+        let items = match object.given("items") {
+            // What currency the prices are in, the order says.
+            Some(field) => Some(items(&field, None, errors)?),
+            None => None,
+        };
+        let notes = match object.given("notes") {
+            Some(field) if field.is_null() => Some(None),
+            Some(field) => Some(Some(field.string(errors, Notes::parse)?)),
+            None => None,
+        };
+        if items.is_none() && notes.is_none() {
+            errors.add("", "must have items, notes or both");
+        }
+        Some(Command::Update(Update { items, notes }))
+    })
+}
+
+/// The body of `PUT /api/orders/{id}/status`.
+///
+/// # Errors
+/// Every field that is wrong, by its pointer.
+pub(super) fn status(body: &str) -> Result<Command, Error> {
+    one(body, &["status"], |object, errors| {
+        let parse = |text: String| {
+            let names: Vec<_> = Status::ALL.iter().map(|(_, name)| *name).collect();
+            Status::parse(&text).ok_or_else(|| format!("must be one of {}", names.join(", ")))
+        };
+        object.required("status", errors)?.string(errors, parse).map(Command::SetStatus)
+    })
+}
+
+/// The body of `POST /api/orders/{id}/confirm`.
+///
+/// # Errors
+/// Every field that is wrong, by its pointer.
+pub(super) fn confirm(body: &str) -> Result<Command, Error> {
+    one(body, &["paymentId"], |object, errors| {
+        object.required("paymentId", errors)?.string(errors, PaymentId::parse).map(Command::Confirm)
+    })
+}
+
+/// The body of `POST /api/orders/{id}/cancel`.
+///
+/// # Errors
+/// Every field that is wrong, by its pointer.
+pub(super) fn cancel(body: &str) -> Result<Command, Error> {
+    one(body, &["reason"], |object, errors| {
+        object.required("reason", errors)?.string(errors, Reason::parse).map(Command::Cancel)
+    })
+}
+
+/// A body that is one object with these members.
+fn one<T>(
+    body: &str,
+    known: &'static [&'static str],
+    parse: impl FnOnce(&Object<'_>, &mut Errors) -> Option<T>,
+) -> Result<T, Error> {
+    let mut errors = Errors::default();
+    let object = Field::root(body)?.object(known, &mut errors);
+    let parsed = object.and_then(|object| parse(&object, &mut errors));
+    errors.or(parsed)
 }
 
 fn items(field: &Field<'_>, currency: Option<&Currency>, errors: &mut Errors) -> Option<Vec<Item>> {

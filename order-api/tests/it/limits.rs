@@ -156,8 +156,8 @@ fn media_types_methods_routes_and_ids_are_problems_too() {
     service.get(&format!("/api/orders/{}", "x".repeat(64))).problem(404, "order-not-found");
     service.get(&format!("/api/orders/{}", "x".repeat(65))).problem(400, "invalid-id");
     for (method, path, allow) in [
-        ("DELETE", "/api/orders", "POST"),
-        ("PUT", "/api/orders/x", "GET,HEAD"),
+        ("DELETE", "/api/orders", "POST,GET,HEAD"),
+        ("PUT", "/api/orders/x", "GET,HEAD,PATCH"),
         ("POST", "/metrics", "GET,HEAD"),
     ] {
         let answer = service.send(method, path, &[], "");

@@ -1,0 +1,54 @@
+//! What is done again and again beside the requests. Every instance does all of it; what one is at, the others leave.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::{
+    task::JoinSet,
+    time::{MissedTickBehavior, interval},
+};
+
+use crate::{config::IdempotencyConfig, routes::Context, store::Store};
+
+/// Everything the chores need.
+#[derive(Debug)]
+pub(crate) struct Chores {
+    pub(crate) context: Arc<Context>,
+    pub(crate) idempotency: IdempotencyConfig,
+}
+
+impl Chores {
+    /// Starts them; they end when the set is dropped.
+    pub(crate) fn start(self) -> JoinSet<()> {
+        let Self { context, idempotency } = self;
+        let mut chores = JoinSet::new();
+        chores.spawn(async move {
+            let mut ticks = ticks(idempotency.clean_interval());
+            loop {
+                ticks.tick().await;
+                forget_keys(&context.store, idempotency.keep()).await;
+            }
+        });
+        chores
+    }
+}
+
+fn ticks(every: Duration) -> tokio::time::Interval {
+    let mut ticks = interval(every);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    ticks
+}
+
+/// Cleans up answers that have been kept for long enough.
+async fn forget_keys(store: &Store, older_than: Duration) {
+    loop {
+        match store.forget_keys(older_than).await {
+            Ok(0) => return,
+            Ok(count) => tracing::debug!(count, "forgot answers to idempotent requests"),
+            // Readiness tells of a database that is away; there is time until the next look.
+            Err(why) => {
+                tracing::debug!(why, "cannot clean up answers to idempotent requests");
+                return;
+            }
+        }
+    }
+}
