@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use service::{Failure, Health, health, metrics, shutdown::Shutdown};
+use service::{Failure, Health, health, http, metrics, shutdown::Shutdown};
 use tokio::net::TcpListener;
 
 use crate::{
@@ -20,7 +20,7 @@ pub(crate) struct App {
 impl App {
     /// Takes the port, so that health can be asked while the servers are waited for.
     pub(crate) async fn build(settings: Settings) -> Result<Self, Failure> {
-        let listener = health::bind(&settings.listen).await?;
+        let listener = http::bind(&settings.listen).await?;
         Ok(Self { settings, listener, health: Health::default() })
     }
 
@@ -35,7 +35,7 @@ impl App {
         // Served until the very end, also while we drain: it ends with its owner.
         let (_until_the_end, served) = Shutdown::manual();
         let router = health::router(health.clone(), Arc::new(registry));
-        let http = tokio::spawn(health::serve(listener, router, served));
+        let serving = tokio::spawn(http::serve(listener, router, http::Limits::default(), served));
 
         health.not_ready("waiting_for_database", "connecting");
         let store = tokio::select! {
@@ -47,7 +47,7 @@ impl App {
         let (consumer, events) = group::join(&settings.kafka)?;
         let shared = Arc::new(Shared { store, dead_letters, metrics, limits: settings.limits });
         let outcome = Assignment::new(consumer, events, shared, health)?.run(shutdown).await;
-        http.abort();
+        serving.abort();
         outcome
     }
 }

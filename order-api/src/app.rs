@@ -3,7 +3,12 @@
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::Router;
-use service::{Failure, Health, exit::Kind, shutdown::Shutdown};
+use service::{
+    Failure, Health,
+    exit::Kind,
+    http::{self, Limits},
+    shutdown::Shutdown,
+};
 use tokio::net::TcpListener;
 
 use crate::{
@@ -57,7 +62,7 @@ pub async fn build(config: &Config) -> Result<App, Failure> {
     let context = Arc::new(context);
     let chores = Chores { context: Arc::clone(&context), idempotency: config.idempotency.clone() };
     let router = routes::router(context, health, Arc::new(registry));
-    let listener = service::health::bind(&config.http.listen).await?;
+    let listener = http::bind(&config.http.listen).await?;
     let address = listener
         .local_addr()
         .map_err(|e| Failure::new(Kind::Internal, format!("cannot tell the address we listen on: {e}")))?;
@@ -71,10 +76,7 @@ impl App {
     }
 
     /// Serves until the stop is asked for and the requests under way have been answered.
-    ///
-    /// # Errors
-    /// 70 if the server fails.
-    pub async fn run_until_stopped(self, shutdown: Shutdown) -> Result<(), Failure> {
+    pub async fn run_until_stopped(self, shutdown: Shutdown) {
         tracing::info!(address = %self.address, "listening");
         let watching = tokio::spawn(self.watch.run(shutdown.clone()));
         let chores = self.chores.start();
@@ -82,17 +84,15 @@ impl App {
             shutdown.requested().await;
             tokio::time::sleep(self.drain_timeout).await;
         };
-        let served = tokio::select! {
-            served = service::health::serve(self.listener, self.router, shutdown.clone()) => served,
+        tokio::select! {
+            () = http::serve(self.listener, self.router, Limits::default(), shutdown.clone()) => {}
             // Requests have shorter deadlines than the drain: what is still open has sent no whole request.
             () = drain_is_over => {
                 tracing::warn!("some connections are still open after the drain's time, closing them");
-                Ok(())
             }
-        };
+        }
         watching.abort();
         drop(chores);
         tracing::info!("stopped");
-        served
     }
 }

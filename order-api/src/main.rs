@@ -93,6 +93,7 @@ fn run(serve: &Serve) -> Result<(), Failure> {
         .map_err(|e| Failure::new(Kind::Internal, format!("cannot start the runtime: {e}")))?;
     runtime.block_on(async {
         let (_trigger, shutdown) = Shutdown::on_signals()?;
-        app::build(&config).await?.run_until_stopped(shutdown).await
+        app::build(&config).await?.run_until_stopped(shutdown).await;
+        Ok(())
     })
 }

@@ -1,13 +1,12 @@
-//! Liveness, readiness and metrics over HTTP, and the server that serves them.
+//! Liveness, readiness and metrics over HTTP.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::{Json, Router, extract::State, http::StatusCode, response::IntoResponse, routing::get};
 use prometheus_client::registry::Registry;
 use serde::Serialize;
-use tokio::net::TcpListener;
 
-use crate::{Failure, exit::Kind, metrics, shutdown::Shutdown};
+use crate::metrics;
 
 /// Whether the service can do its work, and in which state it is. Cloning shares it.
 #[derive(Debug, Clone)]
@@ -49,6 +48,11 @@ impl Health {
             Readiness { ready, state: state.into(), detail };
     }
 
+    /// The word for the state.
+    pub fn state(&self) -> String {
+        self.get().state
+    }
+
     fn get(&self) -> Readiness {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -71,20 +75,4 @@ async fn ready(State(health): State<Health>) -> impl IntoResponse {
 
 async fn render(State(registry): State<Arc<Registry>>) -> impl IntoResponse {
     ([(axum::http::header::CONTENT_TYPE, metrics::CONTENT_TYPE)], metrics::render(&registry))
-}
-
-/// Binds `listen` (`address:port`), with the exact next step if it is taken.
-pub async fn bind(listen: &str) -> Result<TcpListener, Failure> {
-    TcpListener::bind(listen).await.map_err(|e| {
-        Failure::new(Kind::Refused, format!("cannot listen on {listen}: {e}"))
-            .hint("choose another address with http.listen, or stop what listens there")
-    })
-}
-
-/// Serves until the shutdown is asked for and the requests under way have been answered.
-pub async fn serve(listener: TcpListener, router: Router, shutdown: Shutdown) -> Result<(), Failure> {
-    axum::serve(listener, router)
-        .with_graceful_shutdown(async move { shutdown.requested().await })
-        .await
-        .map_err(|e| Failure::new(Kind::Internal, format!("the HTTP server failed: {e}")))
 }

@@ -1,10 +1,11 @@
 //! What every service of this project does alike, and a user therefore sees alike: configuration, secrets,
-//! logs, health, metrics, problem+json, who may administer, and the drain on SIGTERM. No domain types live here.
+//! logs, HTTP, health, metrics, problem+json, who may administer, and the drain on SIGTERM. No domain types live here.
 
 pub mod access;
 pub mod config;
 pub mod exit;
 pub mod health;
+pub mod http;
 pub mod logs;
 pub mod metrics;
 pub mod problem;

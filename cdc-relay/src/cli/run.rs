@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use service::{Failure, Health, access, exit::Kind, health, metrics, shutdown::Shutdown};
+use service::{Failure, Health, access, exit::Kind, health, http, metrics, shutdown::Shutdown};
 
 use crate::{admin::Metrics, config::Settings, dlq, monitor, sessions, shared::Shared, wait};
 
@@ -30,7 +30,7 @@ pub(super) fn run(settings: Settings) -> Result<(), Failure> {
         redrives: Arc::default(),
     };
     let result = runtime.block_on(async {
-        let listener = health::bind(&shared.settings.listen).await?;
+        let listener = http::bind(&shared.settings.listen).await?;
         let mut registry = metrics::registry("cdc_relay");
         shared.metrics.register(&mut registry);
         let address = listener.local_addr().map_err(|e| internal("tell the address", e))?;
@@ -39,7 +39,7 @@ pub(super) fn run(settings: Settings) -> Result<(), Failure> {
         let router = health::router(shared.health.clone(), Arc::new(registry)).merge(administration);
         let (trigger, shutdown) = Shutdown::on_signals()?;
         let (http_trigger, http_shutdown) = Shutdown::manual();
-        let http = tokio::spawn(health::serve(listener, router, http_shutdown));
+        let serving = tokio::spawn(http::serve(listener, router, http::Limits::default(), http_shutdown));
 
         let (stop_monitor, monitor_stopped) = mpsc::channel::<()>();
         let watched = shared.clone();
@@ -61,14 +61,13 @@ pub(super) fn run(settings: Settings) -> Result<(), Failure> {
         drop(stop_monitor);
         let watched = tokio::time::timeout(LEAVE_GRACE, join(monitor)).await;
         http_trigger.request();
-        let served = tokio::time::timeout(LEAVE_GRACE, http).await;
+        let served = tokio::time::timeout(LEAVE_GRACE, serving).await;
         result.unwrap_or(Ok(Ok(())))??;
         watched.unwrap_or(Ok(()))?;
         match served {
-            Ok(Ok(served)) => served,
             Ok(Err(e)) => Err(Failure::new(Kind::Internal, format!("the HTTP server: {e}"))),
-            // A client that holds its connection open.
-            Err(_) => Ok(()),
+            // Or a client that holds its connection open.
+            Ok(Ok(())) | Err(_) => Ok(()),
         }
     });
     runtime.shutdown_background();

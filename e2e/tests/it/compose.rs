@@ -9,7 +9,7 @@ use std::{
 };
 
 use serde_json::Value;
-use service::{Health, health, metrics, shutdown::Shutdown};
+use service::{Health, health, http, metrics, shutdown::Shutdown};
 
 /// Our services in compose, and the binary of each.
 const SERVICES: [(&str, &str); 5] = [
@@ -350,11 +350,11 @@ fn what_is_waited_for_can_come_true_and_what_is_mounted_exists() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_health_check_follows_readiness() {
     let state = Health::default();
-    let listener = health::bind("127.0.0.1:0").await.unwrap();
+    let listener = http::bind("127.0.0.1:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();
     let router = health::router(state.clone(), metrics::registry("e2e").into());
     let (trigger, shutdown) = Shutdown::manual();
-    let server = tokio::spawn(health::serve(listener, router, shutdown));
+    let server = tokio::spawn(http::serve(listener, router, http::Limits::default(), shutdown));
     let ready = move || async move {
         let check = tokio::process::Command::new("bash")
             .arg(repository().join("docker/ready"))
@@ -371,6 +371,6 @@ async fn the_health_check_follows_readiness() {
     let (success, said) = ready().await;
     assert!(!success && said.contains("the database is away"), "{said}");
     trigger.request();
-    server.await.unwrap().unwrap();
+    server.await.unwrap();
     assert!(!ready().await.0, "nothing listens any more");
 }

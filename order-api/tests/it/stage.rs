@@ -9,7 +9,7 @@ use std::{
 use order_api::{app, config::Config};
 use serde_json::{Value, json};
 use service::{
-    Failure, Secret,
+    Secret,
     shutdown::{Shutdown, Trigger},
 };
 use sqlx::{AssertSqlSafe, Connection, PgConnection, postgres::PgConnectOptions};
@@ -162,7 +162,7 @@ pub(crate) fn wait_for(what: &str, condition: impl Fn() -> bool) {
 pub(crate) struct Service {
     pub(crate) client: Client,
     pub(crate) trigger: Trigger,
-    pub(crate) running: JoinHandle<Result<(), Failure>>,
+    pub(crate) running: JoinHandle<()>,
 }
 
 impl Service {
