@@ -44,9 +44,8 @@ async fn forget_keys(store: &Store, older_than: Duration) {
         match store.forget_keys(older_than).await {
             Ok(0) => return,
             Ok(count) => tracing::debug!(count, "forgot answers to idempotent requests"),
-            // Readiness tells of a database that is away; there is time until the next look.
             Err(why) => {
-                tracing::debug!(why, "cannot clean up answers to idempotent requests");
+                tracing::warn!(why, "cannot clean up answers to idempotent requests");
                 return;
             }
         }

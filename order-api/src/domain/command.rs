@@ -117,6 +117,9 @@ impl Order {
         if next.contains(&status) {
             return Ok(());
         }
+        if status == self.status {
+            return Err(Refusal::State(format!("It is {from} already.")));
+        }
         let next: Vec<_> = next.iter().map(|s| s.as_str()).collect();
         Err(Refusal::State(match next.as_slice() {
             [] => format!("It is {from}, which is final: it cannot become {to}."),
@@ -136,4 +139,90 @@ fn priced(items: &[Item], currency: &Currency) -> Result<Vec<Item>, Refusal> {
         }
     }
     if wrong.is_empty() { Ok(priced) } else { Err(Refusal::Fields(wrong)) }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::domain::{CustomerId, ItemName, MenuItemId, NewOrder, OrderId, RestaurantId, parse_decimal};
+
+    fn items(cents: u32) -> Vec<Item> {
+        let price = parse_decimal(&format!("{}.{:02}", cents / 100, cents % 100)).unwrap();
+        vec![Item {
+            menu_item_id: MenuItemId::parse("m").unwrap(),
+            name: ItemName::parse("n").unwrap(),
+            price: Amount::price(price, None).unwrap(),
+            quantity: 2,
+        }]
+    }
+
+    fn placed() -> Event {
+        let new = NewOrder {
+            order_id: Some(OrderId::parse("o").unwrap()),
+            customer_id: CustomerId::parse("c").unwrap(),
+            restaurant_id: RestaurantId::parse("r").unwrap(),
+            currency: Currency::default(),
+            items: items(150),
+            notes: None,
+        };
+        Event::created(new, Uuid::nil(), DateTime::UNIX_EPOCH)
+    }
+
+    fn command() -> impl Strategy<Value = Command> {
+        let statuses: Vec<_> = Status::ALL.iter().map(|(status, _)| *status).collect();
+        let notes = proptest::option::of(Just(Notes::parse("n").unwrap()));
+        prop_oneof![
+            (proptest::option::of(0_u32..300), proptest::option::of(notes))
+                .prop_map(|(cents, notes)| Command::Update(Update { items: cents.map(items), notes })),
+            prop::sample::select(statuses).prop_map(Command::SetStatus),
+            Just(Command::Confirm(PaymentId::parse("p").unwrap())),
+            Just(Command::Cancel(Reason::parse("r").unwrap())),
+        ]
+    }
+
+    proptest! {
+        /// The naive model knows the ways between the states and nothing else.
+        #[test]
+        fn events_fold_to_the_state_that_the_commands_made(
+            commands in prop::collection::vec((command(), -5_i64..5), 0..40)
+        ) {
+            let mut events = vec![placed()];
+            let mut order = Order::begin(&events[0]).unwrap();
+            for (command, seconds) in commands {
+                let before = order.clone();
+                // The clock may go back.
+                let now = order.updated_at + chrono::TimeDelta::seconds(seconds);
+                let Ok(Some(event)) = order.decide(&command, Uuid::nil(), now) else { continue };
+                order.apply(&event);
+                prop_assert_eq!(order.version, before.version + 1);
+                prop_assert!(order.updated_at >= before.updated_at);
+                if order.status != before.status {
+                    let way = format!("{} {}", before.status.as_str(), order.status.as_str());
+                    prop_assert!([
+                        "created confirmed", "created cancelled", "confirmed cancelled",
+                        "confirmed preparing", "preparing ready", "ready delivered",
+                    ].contains(&way.as_str()), "{}", way);
+                }
+                prop_assert!(order.items == before.items || before.status == Status::Created);
+                prop_assert_eq!(order.total_amount, total(&order.items, &order.currency));
+                prop_assert!(order != before);
+                // As it is stored and read again.
+                events.push(serde_json::from_value(serde_json::to_value(&event).unwrap()).unwrap());
+            }
+            let mut folded = Order::begin(&events[0]).unwrap();
+            events[1..].iter().for_each(|event| folded.apply(event));
+            prop_assert_eq!(folded, order);
+        }
+    }
+
+    #[test]
+    fn who_changes_nothing_writes_nothing() {
+        let order = Order::begin(&placed()).unwrap();
+        let same = Command::Update(Update { items: Some(items(150)), notes: Some(None) });
+        for command in [same, Command::SetStatus(Status::Created), Command::Update(Update::default())] {
+            assert_eq!(order.decide(&command, Uuid::nil(), order.updated_at), Ok(None));
+        }
+    }
 }

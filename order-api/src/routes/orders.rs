@@ -9,13 +9,14 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use chrono::{DateTime, SubsecRound, Utc};
+use serde::Serialize;
 use service::problem::FieldError;
 use uuid::Uuid;
 
 use super::{
     Context,
     command::{Posted, etag},
-    query::{self, Page, Query},
+    query::{self, Query},
     requests,
 };
 use crate::{
@@ -23,6 +24,24 @@ use crate::{
     error::Error,
     store::{Answer, Decision},
 };
+
+/// A page of orders.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Orders {
+    orders: Vec<Order>,
+    /// Where the next page begins; null: there is none.
+    next_cursor: Option<String>,
+}
+
+/// A page of what happened to an order.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Events {
+    events: Vec<Event>,
+    /// Where the next page begins; null: there is none.
+    next_cursor: Option<String>,
+}
 
 /// `POST /api/orders`: 201 with the order and its place, after the commit.
 pub(super) async fn create(State(context): State<Arc<Context>>, request: Request) -> Result<Answer, Error> {
@@ -113,7 +132,7 @@ pub(super) async fn list(
     }
     let last = orders.last().filter(|_| more);
     let next_cursor = last.map(|order| query::after_order(&filter, order));
-    Ok(Json(Page { items: orders, next_cursor }.named("orders")))
+    Ok(Json(Orders { orders, next_cursor }))
 }
 
 /// `GET /api/orders/{id}`: 200 with the order's current state, or as it was at a version; 304 if the client has it.
@@ -159,7 +178,7 @@ pub(super) async fn events(
     }
     let last = events.last().filter(|_| more);
     let next_cursor = last.map(|event| query::after_version(event.version));
-    Ok(Json(Page { items: events, next_cursor }.named("events")))
+    Ok(Json(Events { events, next_cursor }))
 }
 
 /// Postgres keeps microseconds: what is answered now is what is read later.

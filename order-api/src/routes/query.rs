@@ -8,8 +8,6 @@ use axum::{
 };
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use chrono::{DateTime, Utc};
-use serde::Serialize;
-use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::{
@@ -132,24 +130,6 @@ fn instant(text: &str) -> Result<DateTime<Utc>, String> {
     })
 }
 
-/// A page of a list.
-#[derive(Debug)]
-pub(super) struct Page<T> {
-    pub(super) items: Vec<T>,
-    /// Where the next page begins; none: there is none.
-    pub(super) next_cursor: Option<String>,
-}
-
-impl<T: Serialize> Page<T> {
-    /// As it is answered, the elements under their own name.
-    pub(super) fn named(self, name: &str) -> Value {
-        let mut object = Map::new();
-        object.insert(name.to_owned(), json!(self.items));
-        object.insert("nextCursor".to_owned(), json!(self.next_cursor));
-        Value::Object(object)
-    }
-}
-
 /// The cursor behind an order in the list.
 pub(super) fn after_order(filter: &Filter, order: &Order) -> String {
     let micros = order.created_at.timestamp_micros();
@@ -184,4 +164,28 @@ pub(super) fn after_version(version: i32) -> String {
 fn version_after(cursor: &str) -> Option<i32> {
     let text = String::from_utf8(URL_SAFE_NO_PAD.decode(cursor).ok()?).ok()?;
     text.strip_prefix("version ")?.parse().ok().filter(|version| (1..=MAX_VERSION).contains(version))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn any_cursor_is_read_or_refused(text in "\\PC*", version in any::<i32>(), micros in any::<i64>()) {
+            let filter = Filter::default();
+            for text in [text, format!("version {version}"), format!("{} {micros} o", mark(&filter))] {
+                for cursor in [URL_SAFE_NO_PAD.encode(&text), text] {
+                    let _ = (order_after(&filter, &cursor), version_after(&cursor));
+                }
+            }
+        }
+
+        #[test]
+        fn a_cursor_leads_back_to_its_place(version in 1..=MAX_VERSION) {
+            prop_assert_eq!(version_after(&after_version(version)), Some(version));
+        }
+    }
 }

@@ -14,12 +14,11 @@ use super::Store;
 const FIND: &str = "
 SELECT fingerprint, status, location, etag, body FROM public.idempotency_keys WHERE client = $1 AND key = $2";
 
-/// Whoever comes second leaves them to the one who is at it.
 const FORGET: &str = "
 DELETE FROM public.idempotency_keys WHERE (client, key) IN (
     SELECT client, key FROM public.idempotency_keys
     WHERE created_at < now() - make_interval(secs => $1)
-    ORDER BY created_at LIMIT 1000 FOR UPDATE SKIP LOCKED)";
+    ORDER BY created_at LIMIT 1000)";
 
 pub(super) const STATEMENTS: [&str; 2] = [FIND, FORGET];
 

@@ -104,9 +104,10 @@ impl Store {
                 if doubt && written(c, &order.order_id, event.event_id).await?.is_some() {
                     return Ok(Ok(answer.clone()));
                 }
-                Ok(Err(match constraint(&error) {
-                    Some("orders_pkey") => Error::OrderExists(order.order_id.to_string()),
-                    _ => refused(&error, Written::Nothing),
+                Ok(Err(if is_about_the_order(&error) {
+                    Error::OrderExists(order.order_id.to_string())
+                } else {
+                    refused(&error, Written::Nothing)
                 }))
             };
             match self.with_connection(work).await {
@@ -444,6 +445,9 @@ fn assemble(rows: &[PgRow]) -> Result<Option<Order>, sqlx::Error> {
     }))
 }
 
-fn constraint(error: &sqlx::Error) -> Option<&str> {
-    error.as_database_error().and_then(|e| e.constraint())
+/// Whether a duplicate is one of the order's id, rather than of an event's. Which of an existing order's rows is met first
+/// is the server's choice.
+fn is_about_the_order(duplicate: &sqlx::Error) -> bool {
+    let constraint = duplicate.as_database_error().and_then(|e| e.constraint());
+    matches!(constraint, Some("orders_pkey" | "order_items_pkey" | "order_events_pkey"))
 }

@@ -3,10 +3,13 @@
 
 #![allow(clippy::unwrap_used, reason = "clippy spares test functions only, and these are their helpers")]
 
+mod commands;
 mod compatibility;
 mod contracts;
 mod create;
 mod gate;
+mod history;
+mod idempotency;
 mod limits;
 mod outage;
 mod process;
