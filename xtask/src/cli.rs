@@ -39,7 +39,7 @@ pub(crate) enum Command {
     Sim(Sim),
     /// Fuzz the relay's core; needs a C++ compiler (g++), nothing else
     Fuzz(Fuzz),
-    /// Measure what the relay does, on servers of its own
+    /// Measure the relay and the API, on servers of their own
     #[command(subcommand)]
     Bench(Bench),
 }
@@ -73,6 +73,33 @@ pub(crate) enum Target {
 pub(crate) enum Bench {
     /// How fast the relay drains a slot's log, in proportion to `pg_recvlogical` over the same log
     Drain(Drain),
+    /// How many orders a second the API takes, in proportion to pgbench with the API's own statement
+    Api(ApiBench),
+}
+
+#[derive(Debug, Clone, Args)]
+pub(crate) struct ApiBench {
+    /// How many connections there are to the API, and of pgbench and the API to the database
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=150))]
+    pub connections: u32,
+    /// How long each run takes, after it is warm
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=600))]
+    pub seconds: u64,
+    /// How often the two take turns
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub rounds: u32,
+    /// The version of Postgres
+    #[arg(long, value_enum, default_value = "18")]
+    pub postgres: Postgres,
+    /// A Postgres setting, e.g. `synchronous_commit=off`; repeatable
+    #[arg(long, value_name = "NAME=VALUE", value_parser = setting)]
+    pub postgres_set: Vec<(String, String)>,
+    /// Print the numbers as JSON on standard output
+    #[arg(long)]
+    pub json: bool,
+    /// Take the API's binary as it is
+    #[arg(long, env = NO_BUILD)]
+    pub no_build: bool,
 }
 
 #[derive(Debug, Clone, Args)]

@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     fs::File,
-    net::TcpListener,
+    net::{SocketAddr, TcpListener},
     path::{Path, PathBuf},
     process::Stdio,
     time::{Duration, Instant},
@@ -172,7 +172,7 @@ impl Trial<'_> {
         let topic = format!("bench-{}", self.number);
         let new = Topic { name: topic.clone(), partitions: PARTITIONS, settings: BTreeMap::new() };
         topics::create(&self.servers.kafka, vec![new], kafka::replication(1)).await?;
-        let listen = free_address()?;
+        let listen = free_address()?.to_string();
         let command = |word: &str| -> Result<Command> {
             let mut command = self.command(binary)?;
             relay_env(&mut command, self.servers, &self.slot);
@@ -306,9 +306,9 @@ pub(super) async fn walsender(connection: &mut PgConnection, slot: &str) -> Resu
 }
 
 /// An address that nobody listens on.
-fn free_address() -> Result<String> {
+pub(super) fn free_address() -> Result<SocketAddr> {
     let address = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr());
-    address.map(|address| address.to_string()).explain(|| "find a free port".to_owned())
+    address.explain(|| "find a free port".to_owned())
 }
 
 /// How many records Kafka has acknowledged; none before the relay answers.

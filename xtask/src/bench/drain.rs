@@ -73,7 +73,8 @@ fn settings(args: &cli::Drain) -> Vec<String> {
     own.chain(args.postgres_set.iter().map(|(name, value)| format!("{name}={value}"))).collect()
 }
 
-fn version(program: &Path) -> Result<String> {
+/// What a program says of itself.
+pub(super) fn version(program: &Path) -> Result<String> {
     let output = Command::new(program).arg("--version").output();
     let output = output.explain(|| format!("run {} --version", program.display()))?;
     Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())

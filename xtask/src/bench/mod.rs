@@ -1,9 +1,11 @@
-//! `cargo xtask bench`: what the relay costs and how fast it is, on servers of its own.
+//! `cargo xtask bench`: what the relay and the API cost and how fast they are, on servers of their own.
 
+mod api;
 mod arm;
 mod drain;
 mod host;
 mod idle;
+mod load;
 mod numbers;
 mod report;
 mod servers;
@@ -17,5 +19,6 @@ use crate::{cli::Bench, failure::Result};
 pub(crate) async fn bench(command: &Bench) -> Result<()> {
     match command {
         Bench::Drain(args) => drain::drain(args).await,
+        Bench::Api(args) => api::api(args).await,
     }
 }

@@ -40,6 +40,7 @@ pub(super) struct Servers {
     /// The database of the workloads, as the superuser.
     pub(super) url: String,
     pub(super) kafka: String,
+    pub(super) postgres_port: u16,
     pub(super) broker: u32,
     pub(super) postgres_version: String,
     pub(super) kafka_version: String,
@@ -70,6 +71,7 @@ impl Servers {
         let servers = Self {
             url: endpoints::database(port, "postgres", DATABASE),
             kafka: state.endpoints.kafka.clone(),
+            postgres_port: port,
             layout,
             progress: progress.clone(),
             broker,

@@ -33,3 +33,20 @@ fn a_short_bench_drains_the_same_rows_by_every_reader_and_tells_what_that_took()
     let round = &report["idle"][0];
     assert_eq!((&round["paced"]["count"], &round["eager"]["count"]), (&5.into(), &5.into()));
 }
+
+#[test]
+fn a_short_bench_of_the_api_tells_both_arms_and_their_ratio() {
+    let xtask = Path::new(env!("CARGO_BIN_EXE_xtask"));
+    let short = ["--seconds", "1", "--rounds", "1", "--connections", "4", "--json", "--no-build"];
+    let output = Command::new(xtask).args(["bench", "api"]).args(short).output();
+    let report: Value =
+        serde_json::from_str(&ok(&output.unwrap())).expect("--json prints JSON and nothing else");
+    for arm in ["api", "pgbench_runs"] {
+        let run = &report[arm][0];
+        assert!(run["orders"].as_u64().unwrap() > 0, "{arm}: {run}");
+        assert!(run["p99_us"].as_u64().unwrap() >= run["p50_us"].as_u64().unwrap(), "{arm}: {run}");
+    }
+    assert!(report["ratio"]["median"].as_f64().unwrap() > 0.0);
+    // One statement an order; what readiness asks comes on top.
+    assert!(report["api"][0]["transactions_per_order"].as_f64().unwrap() < 1.5, "{report}");
+}
