@@ -111,9 +111,9 @@ psql *args:
 test *args:
     cargo xtask test "$@"
 
-# What the relay costs, in proportion to pg_recvlogical; a short run: `just bench --workload single --rows-factor 0.1`
+# What the relay costs, beside pg_recvlogical: `just bench drain --workload single`; the API, beside pgbench: `just bench api`
 bench *args:
-    cargo xtask bench drain "$@"
+    cargo xtask bench "$@"
 
 # The relay's tests that depend on the version of Postgres, on the older ones; 18 has them all
 test-versions *versions="15 16 17":

@@ -165,6 +165,7 @@ impl Bench<'_> {
     }
 
     async fn over_http(&self) -> Result<Run> {
+        let before = self.counts().await?;
         let address = free_address()?;
         let mut api = self.start_api(address).await?;
         let load = Load {
@@ -176,22 +177,21 @@ impl Bench<'_> {
         };
         load.run(WARM_UP).await?;
         let pid = api.id().unwrap_or(0);
-        let (usage, own, transactions) = (usage(pid), usage(std::process::id()), self.transactions().await?);
+        let (usage, own) = (usage(pid), usage(std::process::id()));
         let since = Instant::now();
         let mut took = load.run(Duration::from_secs(self.args.seconds)).await?;
         let seconds = since.elapsed().as_secs_f64();
         let (usage_after, own_after) = (self::usage(pid), self::usage(std::process::id()));
-        let done = self.transactions().await? - transactions;
         if let Some(pid) = api.id() {
             identity::send(pid, Signal::TERM);
         }
-        tokio::time::timeout(LIMIT, api.wait())
-            .await
-            .explain(|| "stop order-api".to_owned())?
-            .explain(|| "stop order-api".to_owned())?;
+        let stop = || "stop order-api".to_owned();
+        tokio::time::timeout(LIMIT, api.wait()).await.explain(stop)?.explain(stop)?;
+        let after = self.counts().await?;
         took.sort_unstable();
         #[expect(clippy::cast_precision_loss, reason = "no count of orders comes near 2^52")]
-        let (count, done) = (took.len() as f64, done as f64);
+        let (count, transactions, orders) =
+            (took.len() as f64, (after.0 - before.0) as f64, (after.1 - before.1) as f64);
         Ok(Run {
             orders: took.len() as u64,
             orders_per_second: count / seconds,
@@ -199,7 +199,7 @@ impl Bench<'_> {
             p99_us: percentile(&took, 99),
             api_cpu_seconds: usage_after.cpu_seconds - usage.cpu_seconds,
             client_cpu_seconds: own_after.cpu_seconds - own.cpu_seconds,
-            transactions_per_order: done / count,
+            transactions_per_order: transactions / orders,
             api_peak_rss_bytes: usage_after.peak_rss_bytes,
         })
     }
@@ -213,6 +213,8 @@ impl Bench<'_> {
         command.env("ORDER_API_HTTP__LISTEN", address.to_string());
         command.env("ORDER_API_POSTGRES__URL", self.url("order_api"));
         command.env("ORDER_API_POSTGRES__MAX_CONNECTIONS", self.args.connections.to_string());
+        // Nothing else is to be counted.
+        command.env("ORDER_API_POSTGRES__CHECK_INTERVAL_MS", "60000");
         command.env("ORDER_API_LOG__LEVEL", "info,access=warn");
         command.env(key, value).stdin(Stdio::null()).stdout(out).stderr(errors).kill_on_drop(true);
         let mut api = command.spawn().explain(|| "start order-api".to_owned())?;
@@ -227,16 +229,17 @@ impl Bench<'_> {
         Ok(api)
     }
 
-    /// Transactions that were committed in the orders database so far. The server counts those of a backend when it is
-    /// idle, at most a second late.
-    async fn transactions(&self) -> Result<i64> {
-        tokio::time::sleep(Duration::from_millis(1500)).await;
+    /// How many transactions have been committed in the orders database, and how many orders there are, while nobody is
+    /// at it: a backend counts its last transactions when it ends.
+    async fn counts(&self) -> Result<(i64, i64)> {
         let what = || "count the transactions".to_owned();
         let mut connection = PgConnection::connect(&self.url("postgres")).await.explain(what)?;
-        sqlx::query_scalar("SELECT xact_commit FROM pg_stat_database WHERE datname = 'orders'")
-            .fetch_one(&mut connection)
-            .await
-            .explain(what)
+        sqlx::query_as(
+            "SELECT xact_commit, (SELECT count(*) FROM orders) FROM pg_stat_database WHERE datname = 'orders'",
+        )
+        .fetch_one(&mut connection)
+        .await
+        .explain(what)
     }
 
     async fn by_pgbench(&self, round: u32) -> Result<Run> {

@@ -15,8 +15,6 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use sqlx::{Connection, PgConnection};
 
-mod bench;
-
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// A stack of its own, stopped at the end of the test however it ends.
