@@ -15,6 +15,7 @@ use tokio::{task::JoinHandle, time::sleep};
 use crate::{
     decide::Cause,
     group::GroupConsumer,
+    handlers::Handler,
     metrics::Metrics,
     run::{Partition, Shared},
 };
@@ -82,7 +83,7 @@ struct Seen {
 }
 
 impl Probe {
-    pub(crate) fn start(shared: Arc<Shared>, consumer: Arc<GroupConsumer>) -> Self {
+    pub(crate) fn start<H: Handler>(shared: Arc<Shared<H>>, consumer: Arc<GroupConsumer>) -> Self {
         let seen = Arc::new(Seen::default());
         let (stop, stopped) = Shutdown::manual();
         let task = tokio::spawn({

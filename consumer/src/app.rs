@@ -6,7 +6,13 @@ use service::{Failure, Health, health, http, metrics, shutdown::Shutdown};
 use tokio::net::TcpListener;
 
 use crate::{
-    assignment::Assignment, config::Settings, dlq::DeadLetters, group, metrics::Metrics, run::Shared,
+    assignment::Assignment,
+    config::Settings,
+    dlq::DeadLetters,
+    group,
+    handlers::{Handler, Name, acks::Acks, fulfillment::Fulfillment, messages::Messages, pharmacy::Pharmacy},
+    metrics::Metrics,
+    run::Shared,
     store::Store,
 };
 
@@ -26,6 +32,18 @@ impl App {
 
     /// Runs until asked to stop, and drains.
     pub(crate) async fn run_until_stopped(self, shutdown: Shutdown) -> Result<(), Failure> {
+        match self.settings.handler {
+            Name::Pharmacy => self.run(Pharmacy, shutdown).await,
+            Name::Fulfillment => self.run(Fulfillment, shutdown).await,
+            Name::Messages => {
+                let group = self.settings.kafka.group.clone();
+                self.run(Messages { group }, shutdown).await
+            }
+            Name::Acks => self.run(Acks, shutdown).await,
+        }
+    }
+
+    async fn run<H: Handler>(self, handler: H, shutdown: Shutdown) -> Result<(), Failure> {
         let Self { settings, listener, health } = self;
         let mut registry = metrics::registry("consumer");
         let metrics = Metrics::new(&mut registry);
@@ -38,10 +56,13 @@ impl App {
         let serving = tokio::spawn(http::serve(listener, router, http::Limits::default(), served));
 
         health.not_ready("waiting_for_database", "connecting");
-        let store = tokio::select! {
-            store = Store::open(&settings) => store?,
+        let group = settings.kafka.group.clone();
+        let name = format!("consumer-{group}");
+        let pool = tokio::select! {
+            pool = settings.database.open(&name, H::TABLES) => pool?,
             () = shutdown.requested() => return Ok(()),
         };
+        let store = Store { pool, group, handler, apply_timeout: settings.limits.apply_timeout };
         health.not_ready("joining", "");
         let dead_letters = DeadLetters::new(&settings.kafka)?;
         let (consumer, events) = group::join(&settings.kafka)?;

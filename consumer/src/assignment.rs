@@ -25,6 +25,7 @@ use tokio::{
 use crate::{
     admin::{self, Probe, Situation},
     group::{self, GroupConsumer, GroupEvent, Listener, PartitionId},
+    handlers::Handler,
     run::{Partition, Shared, Worker},
 };
 
@@ -45,11 +46,11 @@ struct Running {
 }
 
 /// Owns the membership and the workers.
-pub(crate) struct Assignment {
+pub(crate) struct Assignment<H> {
     consumer: Arc<GroupConsumer>,
     events: mpsc::Receiver<GroupEvent>,
     listener: Listener,
-    shared: Arc<Shared>,
+    shared: Arc<Shared<H>>,
     health: Health,
     running: HashMap<PartitionId, Running>,
     /// The commit under way or last sent.
@@ -59,11 +60,11 @@ pub(crate) struct Assignment {
 /// Offsets by partition.
 type Positions = BTreeMap<PartitionId, i64>;
 
-impl Assignment {
+impl<H: Handler> Assignment<H> {
     pub(crate) fn new(
         consumer: Arc<GroupConsumer>,
         events: mpsc::Receiver<GroupEvent>,
-        shared: Arc<Shared>,
+        shared: Arc<Shared<H>>,
         health: Health,
     ) -> Result<Self, Failure> {
         let listener = Listener::start(consumer.clone())?;

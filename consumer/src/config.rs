@@ -6,7 +6,7 @@ use serde::{Deserialize, Deserializer};
 use service::{Failure, Secret, config::HttpConfig, logs::LogConfig};
 use sqlx::postgres::PgConnectOptions;
 
-use crate::{decide::Backoff, handlers::Name};
+use crate::{database::Database, decide::Backoff, handlers::Name};
 
 /// Every key with its default, as `config example` prints it.
 pub(crate) const EXAMPLE: &str = include_str!("config.example.toml");
@@ -69,7 +69,7 @@ impl Default for KafkaConfig {
         Self {
             brokers: "127.0.0.1:19092".into(),
             group: String::new(),
-            topics: vec!["order-events".into()],
+            topics: Vec::new(),
             commit_interval_ms: 500,
             properties: BTreeMap::new(),
         }
@@ -149,11 +149,8 @@ pub(crate) struct Settings {
     pub(crate) handler: Name,
     pub(crate) limits: Limits,
     pub(crate) kafka: KafkaConfig,
-    pub(crate) postgres: PgConnectOptions,
-    pub(crate) connections_max: u32,
-    pub(crate) start_timeout: Duration,
+    pub(crate) database: Database,
     pub(crate) listen: String,
-    pub(crate) log: LogConfig,
 }
 
 /// Every bound of the data path.
@@ -182,8 +179,6 @@ impl Config {
         range("consumer.retry_max_ms", c.retry_max_ms, c.retry_first_ms, 600_000)?;
         range("consumer.drain_timeout_seconds", c.drain_timeout_seconds, 1, 120)?;
         range("kafka.commit_interval_ms", self.kafka.commit_interval_ms, 10, 60_000)?;
-        range("postgres.connections_max", self.postgres.connections_max.into(), 2, 100)?;
-        range("postgres.start_timeout_seconds", self.postgres.start_timeout_seconds, 1, 3600)?;
         let limits = Limits {
             batch_records_max: c.batch_records_max,
             batch_bytes_max: c.batch_bytes_max,
@@ -199,11 +194,8 @@ impl Config {
             handler,
             limits,
             kafka: check_kafka(self.kafka, handler)?,
-            postgres: check_postgres(&self.postgres)?,
-            connections_max: self.postgres.connections_max,
-            start_timeout: Duration::from_secs(self.postgres.start_timeout_seconds),
+            database: self.postgres.check()?,
             listen: self.http.0.listen,
-            log: self.log.0,
         })
     }
 }
@@ -215,24 +207,47 @@ fn range(key: &str, value: u64, min: u64, max: u64) -> Result<(), Failure> {
     Err(Failure::configuration(format!("{key} is {value}; it must be from {min} to {max}")))
 }
 
-fn check_postgres(config: &PostgresConfig) -> Result<PgConnectOptions, Failure> {
-    let bad = |why: String| {
-        Failure::configuration(format!("postgres.url is not a Postgres URL: {why}")).hint(
-            "write it as postgres://USER@HOST:PORT/DATABASE; the password belongs into postgres.password",
-        )
-    };
-    let url = config.url.expose();
-    // sqlx takes any scheme.
-    if !["postgres://", "postgresql://"].iter().any(|scheme| url.starts_with(scheme)) {
-        return Err(bad("it does not begin with postgres://".into()));
+impl PostgresConfig {
+    /// Checks everything that can be checked without the server.
+    ///
+    /// # Errors
+    /// 64, naming the key.
+    pub(crate) fn check(&self) -> Result<Database, Failure> {
+        range("postgres.connections_max", self.connections_max.into(), 2, 100)?;
+        range("postgres.start_timeout_seconds", self.start_timeout_seconds, 1, 3600)?;
+        Ok(Database {
+            options: self.options()?,
+            connections_max: self.connections_max,
+            start_timeout: Duration::from_secs(self.start_timeout_seconds),
+        })
     }
-    let options: PgConnectOptions = url.parse().map_err(|e: sqlx::Error| bad(e.to_string()))?;
-    Ok(if config.password.is_empty() { options } else { options.password(config.password.expose()) })
+
+    fn options(&self) -> Result<PgConnectOptions, Failure> {
+        let bad = |why: String| {
+            Failure::configuration(format!("postgres.url is not a Postgres URL: {why}")).hint(
+                "write it as postgres://USER@HOST:PORT/DATABASE; the password belongs into postgres.password",
+            )
+        };
+        let url = self.url.expose();
+        // sqlx takes any scheme.
+        if !["postgres://", "postgresql://"].iter().any(|scheme| url.starts_with(scheme)) {
+            return Err(bad("it does not begin with postgres://".into()));
+        }
+        let options: PgConnectOptions = url.parse().map_err(|e: sqlx::Error| bad(e.to_string()))?;
+        Ok(if self.password.is_empty() { options } else { options.password(self.password.expose()) })
+    }
 }
 
 fn check_kafka(mut kafka: KafkaConfig, handler: Name) -> Result<KafkaConfig, Failure> {
     if kafka.group.is_empty() {
         handler.as_str().clone_into(&mut kafka.group);
+    }
+    if kafka.topics.is_empty() {
+        let topic = handler.topic().ok_or_else(|| {
+            let why = format!("kafka.topics is empty, and the handler {} takes any topic", handler.as_str());
+            Failure::configuration(why).hint("name at least one: --topics notifications")
+        })?;
+        kafka.topics.push(topic.to_owned());
     }
     if kafka.brokers.trim().is_empty() {
         return Err(Failure::configuration("kafka.brokers is empty").hint("write it as HOST:PORT,HOST:PORT"));
@@ -245,9 +260,6 @@ fn check_kafka(mut kafka: KafkaConfig, handler: Name) -> Result<KafkaConfig, Fai
                 "kafka.topics holds {topic:?}; a topic is 1 to 245 of A-Z a-z 0-9 . _ -"
             )));
         }
-    }
-    if kafka.topics.is_empty() {
-        return Err(Failure::configuration("kafka.topics is empty").hint("name at least one topic"));
     }
     for name in kafka.properties.keys() {
         if let Some(why) = refused(name) {
@@ -327,6 +339,21 @@ mod tests {
         let mut config = valid();
         config.kafka.group = "mine".into();
         assert_eq!(config.check().unwrap().kafka.group, "mine");
+    }
+
+    #[test]
+    fn the_topics_are_the_handlers_own_unless_told() {
+        let with = |handler: &str| {
+            let mut config = Config::default();
+            config.consumer.handler = handler.into();
+            config.check().map(|settings| settings.kafka.topics)
+        };
+        assert_eq!(with("fulfillment").unwrap(), ["order-events"]);
+        assert_eq!(with("acks").unwrap(), ["order-acks"]);
+        assert!(with("messages").unwrap_err().to_string().contains("--topics"));
+        let mut config = valid();
+        config.kafka.topics = vec!["a".into(), "b".into()];
+        assert_eq!(config.check().unwrap().kafka.topics, ["a", "b"]);
     }
 
     #[test]

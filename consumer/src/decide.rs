@@ -29,13 +29,17 @@ pub(crate) enum Reason {
     NulCharacter,
     /// The key names another order than the event, so the order's events are not in order.
     KeyMismatch,
+    /// The header `message-id` is absent: the record is no message of the order API's.
+    NoMessageId,
+    /// It acknowledges a message that does not exist.
+    UnknownMessage,
     /// The database refused this one event's rows (SQLSTATE 22xxx, 23xxx, …).
     DatabaseRefused,
 }
 
 impl Reason {
     /// All of them: a metric that is there before its first case can be watched.
-    pub(crate) const ALL: [Self; 11] = [
+    pub(crate) const ALL: [Self; 13] = [
         Self::NoKey,
         Self::NoValue,
         Self::NotJson,
@@ -46,6 +50,8 @@ impl Reason {
         Self::UnsupportedSchema,
         Self::NulCharacter,
         Self::KeyMismatch,
+        Self::NoMessageId,
+        Self::UnknownMessage,
         Self::DatabaseRefused,
     ];
 
@@ -62,6 +68,8 @@ impl Reason {
             Self::UnsupportedSchema => "unsupported_schema",
             Self::NulCharacter => "nul_character",
             Self::KeyMismatch => "key_mismatch",
+            Self::NoMessageId => "no_message_id",
+            Self::UnknownMessage => "unknown_message",
             Self::DatabaseRefused => "database_refused",
         }
     }

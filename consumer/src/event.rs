@@ -10,14 +10,18 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use uuid::Uuid;
 
-use crate::decide::{Poison, Reason};
+use crate::{
+    decide::{Poison, Reason},
+    fields::{Field, amount, bad_value, excerpt, id, integer, object, present, text, time, uuid, wrong_type},
+    record::{Event, Record},
+};
 
 /// The newest `schemaVersion` we understand. A body without one is of version 1.
 const SCHEMA_VERSION: i64 = 1;
 
 /// Something that happened to an order.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Event {
+pub(crate) struct OrderEvent {
     /// Unique to the event: what the inbox remembers.
     pub(crate) id: Uuid,
     pub(crate) order_id: String,
@@ -146,8 +150,22 @@ struct ItemBody<'a> {
     quantity: Option<&'a RawValue>,
 }
 
+impl Event for OrderEvent {
+    fn parse(record: &Record<'_>) -> Result<Self, Poison> {
+        parse(record.key, record.value)
+    }
+
+    fn id(&self) -> Uuid {
+        self.id
+    }
+
+    fn type_name(&self) -> &'static str {
+        self.change.type_name()
+    }
+}
+
 /// The event in a record's key and value.
-pub(crate) fn parse(key: Option<&[u8]>, value: Option<&[u8]>) -> Result<Event, Poison> {
+fn parse(key: Option<&[u8]>, value: Option<&[u8]>) -> Result<OrderEvent, Poison> {
     let key = key.ok_or_else(|| Poison::new(Reason::NoKey, "the record has no key"))?;
     let value = value.ok_or_else(|| Poison::new(Reason::NoValue, "the record's value is NULL"))?;
     let body: Body<'_> = object("the value", value)?;
@@ -169,7 +187,7 @@ pub(crate) fn parse(key: Option<&[u8]>, value: Option<&[u8]>) -> Result<Event, P
     if version < 1 {
         return Err(bad_value("version", "must be 1 or more"));
     }
-    let event = Event {
+    let event = OrderEvent {
         id: uuid(Field("eventId", body.event_id))?,
         order_id: id(Field("aggregateId", body.aggregate_id))?,
         version,
@@ -234,58 +252,6 @@ fn item(raw: &RawValue) -> Result<Item, Poison> {
     })
 }
 
-/// A field's name and its JSON text, if it is there (null counts as absent).
-#[derive(Clone, Copy)]
-struct Field<'a>(&'static str, Option<&'a RawValue>);
-
-fn object<'a, T: Deserialize<'a>>(what: &str, json: &'a [u8]) -> Result<T, Poison> {
-    // serde would also take an array for a struct, field by field.
-    let is_array = json.iter().find(|b| !b.is_ascii_whitespace()) == Some(&b'[');
-    match serde_json::from_slice(json) {
-        Ok(_) if is_array => Err(Poison::new(Reason::WrongType, format!("{what} must be an object"))),
-        Ok(body) => Ok(body),
-        Err(e) if e.is_data() => {
-            Err(Poison::new(Reason::WrongType, format!("{what} must be an object: {e}")))
-        }
-        Err(e) => Err(Poison::new(Reason::NotJson, format!("{what} is not JSON: {e}"))),
-    }
-}
-
-fn present(Field(name, raw): Field<'_>) -> Result<&RawValue, Poison> {
-    raw.ok_or_else(|| Poison::new(Reason::MissingField, format!("{name} is missing")))
-}
-
-fn text(field: Field<'_>) -> Result<String, Poison> {
-    let raw = present(field)?;
-    let text: String = serde_json::from_str(raw.get()).map_err(|_| wrong_type(field.0, "a string", raw))?;
-    if text.contains('\0') {
-        return Err(Poison::new(
-            Reason::NulCharacter,
-            format!("{} holds U+0000, which Postgres cannot store", field.0),
-        ));
-    }
-    if text.is_empty() {
-        return Err(bad_value(field.0, "must not be empty"));
-    }
-    Ok(text)
-}
-
-fn id(field: Field<'_>) -> Result<String, Poison> {
-    let id = text(field)?;
-    let fits = id.len() <= 64 && id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-');
-    if fits { Ok(id) } else { Err(bad_value(field.0, "must be 1 to 64 of A-Z a-z 0-9 _ -")) }
-}
-
-fn uuid(field: Field<'_>) -> Result<Uuid, Poison> {
-    Uuid::parse_str(&text(field)?).map_err(|e| bad_value(field.0, &format!("must be a UUID: {e}")))
-}
-
-fn time(field: Field<'_>) -> Result<DateTime<Utc>, Poison> {
-    DateTime::parse_from_rfc3339(&text(field)?)
-        .map(|t| t.with_timezone(&Utc))
-        .map_err(|e| bad_value(field.0, &format!("must be an RFC 3339 time: {e}")))
-}
-
 fn status(field: Field<'_>) -> Result<Status, Poison> {
     use Status::{Cancelled, Confirmed, Created, Delivered, Preparing, Ready};
     let text = text(field)?;
@@ -293,53 +259,6 @@ fn status(field: Field<'_>) -> Result<Status, Poison> {
         .into_iter()
         .find(|s| s.as_str() == text)
         .ok_or_else(|| bad_value(field.0, &format!("is {:?}, no status we know", excerpt(text.as_bytes()))))
-}
-
-fn integer(field: Field<'_>) -> Result<i64, Poison> {
-    let raw = present(field)?;
-    let number = raw.get();
-    if !number.starts_with(|c: char| c == '-' || c.is_ascii_digit()) || number.contains(['.', 'e', 'E']) {
-        return Err(wrong_type(field.0, "an integer", raw));
-    }
-    number.parse().map_err(|_| bad_value(field.0, "is too large for 64 bits"))
-}
-
-/// A decimal from a JSON string or number, never negative.
-fn amount(field: Field<'_>) -> Result<Decimal, Poison> {
-    let raw = present(field)?;
-    let number = match raw.get().as_bytes().first() {
-        Some(b'"') => text(field)?,
-        Some(b'-' | b'0'..=b'9') => raw.get().to_owned(),
-        _ => return Err(wrong_type(field.0, "a decimal, as a string or a number", raw)),
-    };
-    // `from_str` would round what does not fit.
-    let decimal = Decimal::from_str_exact(&number)
-        .or_else(|e| if number.contains(['e', 'E']) { Decimal::from_scientific(&number) } else { Err(e) })
-        .map_err(|e| bad_value(field.0, &format!("is not a decimal that fits: {e}")))?;
-    if decimal.is_sign_negative() && !decimal.is_zero() {
-        return Err(bad_value(field.0, "must not be negative"));
-    }
-    Ok(decimal)
-}
-
-fn bad_value(name: &str, what: &str) -> Poison {
-    Poison::new(Reason::BadValue, format!("{name} {what}"))
-}
-
-fn wrong_type(name: &str, wanted: &str, raw: &RawValue) -> Poison {
-    let found = excerpt(raw.get().as_bytes());
-    Poison::new(Reason::WrongType, format!("{name} must be {wanted}, not {found}"))
-}
-
-/// The beginning of what was found, for a message.
-fn excerpt(bytes: &[u8]) -> String {
-    const BYTES_MAX: usize = 80;
-    let cut = &bytes[..bytes.len().min(BYTES_MAX)];
-    let mut text = String::from_utf8_lossy(cut).into_owned();
-    if bytes.len() > BYTES_MAX {
-        text.push('…');
-    }
-    text
 }
 
 #[cfg(test)]

@@ -26,7 +26,7 @@ fn example(number: usize) -> Value {
     serde_json::from_str(EXAMPLES[number].0).unwrap()
 }
 
-fn parse_body(body: &Value) -> Result<Event, Poison> {
+fn parse_body(body: &Value) -> Result<OrderEvent, Poison> {
     let key = body["aggregateId"].as_str().unwrap_or("o-1").to_owned();
     parse(Some(key.as_bytes()), Some(body.to_string().as_bytes()))
 }
@@ -43,7 +43,7 @@ fn with(mut body: Value, pointer: &str, value: Value) -> Value {
 
 #[test]
 fn every_golden_example_is_an_event_and_follows_its_schema() {
-    let parsed: Vec<Event> = (0..4).map(|n| parse_body(&example(n)).unwrap()).collect();
+    let parsed: Vec<OrderEvent> = (0..4).map(|n| parse_body(&example(n)).unwrap()).collect();
     let said: Vec<_> = parsed.iter().map(|e| (e.change.type_name(), e.version, e.change.status())).collect();
     assert_eq!(
         said,

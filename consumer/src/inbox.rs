@@ -6,16 +6,16 @@ use std::collections::HashSet;
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-use crate::event::Event;
+use crate::record::Event;
 
 /// Marks events as applied by `group` and gives back the indices of those that were not yet, in order, each once
 /// even if it stands in `events` twice. Waits for a rival who is marking the same ones.
-pub(crate) async fn claim(
+pub(crate) async fn claim<E: Event>(
     transaction: &mut PgConnection,
     group: &str,
-    events: &[Event],
+    events: &[E],
 ) -> sqlx::Result<Vec<usize>> {
-    let ids: Vec<Uuid> = events.iter().map(|e| e.id).collect();
+    let ids: Vec<Uuid> = events.iter().map(Event::id).collect();
     let mut fresh: HashSet<Uuid> = sqlx::query_scalar(
         "INSERT INTO inbox (consumer_group, event_id) SELECT $1, id FROM unnest($2::uuid[]) AS id
          ON CONFLICT DO NOTHING RETURNING event_id",
@@ -26,5 +26,5 @@ pub(crate) async fn claim(
     .await?
     .into_iter()
     .collect();
-    Ok(events.iter().enumerate().filter(|(_, e)| fresh.remove(&e.id)).map(|(index, _)| index).collect())
+    Ok(events.iter().enumerate().filter(|(_, e)| fresh.remove(&e.id())).map(|(index, _)| index).collect())
 }

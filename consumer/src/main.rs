@@ -1,17 +1,22 @@
 //! `consumer`: applies the order system's events, each once, to a database of its own.
 
+mod acknowledgement;
 mod admin;
 mod app;
 mod assignment;
 mod config;
+mod database;
 mod decide;
 mod dlq;
 mod event;
+mod fields;
 mod group;
 mod handlers;
 mod inbox;
 mod metrics;
 mod noise;
+mod outbox;
+mod record;
 mod run;
 mod store;
 
@@ -20,7 +25,11 @@ use std::{path::PathBuf, process::ExitCode, time::Duration};
 use clap::{Parser, Subcommand};
 use service::{Failure, exit, exit::Kind, logs, shutdown::Shutdown};
 
-use crate::config::{Config, Settings};
+use crate::{
+    config::{Config, Settings},
+    database::Database,
+    handlers::Tables,
+};
 
 /// Applies the order system's events, each once, to a database of its own.
 #[derive(Parser)]
@@ -32,7 +41,7 @@ struct Args {
     /// Check the configuration and exit: 0 if it is right, 64 if not.
     #[arg(long)]
     check_config: bool,
-    /// What to do with the events: pharmacy or fulfillment (consumer.handler).
+    /// What to do with the records: pharmacy, fulfillment, messages or acks (consumer.handler).
     #[arg(long, value_name = "NAME")]
     handler: Option<String>,
     /// Kafka's bootstrap servers (kafka.brokers).
@@ -41,7 +50,7 @@ struct Args {
     /// The consumer group; the handler's name unless told (kafka.group).
     #[arg(long, value_name = "NAME")]
     group: Option<String>,
-    /// The topics to consume (kafka.topics).
+    /// The topics to consume; the handler's own unless told (kafka.topics).
     #[arg(long, value_name = "NAME,…")]
     topics: Option<String>,
     /// Where health and metrics are served (http.listen).
@@ -59,6 +68,9 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Make or migrate the tables of the consumer's own database, and exit. Every start does it too; this is for what
+    /// needs the tables before there is a consumer, such as a relay for its outbox.
+    Migrate,
     /// About the configuration.
     Config {
         #[command(subcommand)]
@@ -73,7 +85,7 @@ enum ConfigCommand {
 }
 
 impl Args {
-    fn settings(&self) -> Result<Settings, Failure> {
+    fn config(&self) -> Result<Config, Failure> {
         let flags: Vec<(&str, String)> = [
             ("consumer.handler", &self.handler),
             ("kafka.brokers", &self.brokers),
@@ -86,10 +98,37 @@ impl Args {
         .into_iter()
         .filter_map(|(key, value)| Some((key, value.clone()?)))
         .collect();
-        let config: Config = service::config::load("CONSUMER", self.config.as_deref(), &flags)?;
+        service::config::load("CONSUMER", self.config.as_deref(), &flags)
+    }
+
+    /// What is to be done, with what of the configuration it needs, checked.
+    fn work(&self, config: Config) -> Result<Work, Failure> {
+        if matches!(self.command, Some(Command::Migrate)) {
+            return Ok(Work::Migrate(Box::new(config.postgres.check()?)));
+        }
         let settings = config.check()?;
         group::check(&settings.kafka)?;
-        Ok(settings)
+        Ok(Work::Consume(Box::new(settings)))
+    }
+}
+
+/// What this process is started for.
+enum Work {
+    Consume(Box<Settings>),
+    Migrate(Box<Database>),
+}
+
+impl Work {
+    async fn carry_out(self, shutdown: Shutdown) -> Result<(), Failure> {
+        match self {
+            Self::Consume(settings) => app::App::build(*settings).await?.run_until_stopped(shutdown).await,
+            Self::Migrate(database) => tokio::select! {
+                pool = database.open("consumer-migrate", Tables::Ours) => pool.map(drop),
+                () = shutdown.requested() => {
+                    Err(Failure::new(Kind::GaveUp, "stopped before the tables were made"))
+                }
+            },
+        }
     }
 }
 
@@ -105,19 +144,21 @@ fn run(args: &Args) -> Result<(), Failure> {
         print!("{}", config::EXAMPLE);
         return Ok(());
     }
-    let settings = args.settings()?;
+    let config = args.config()?;
+    let log = config.log.0.clone();
+    let work = args.work(config)?;
     if args.check_config {
         println!("the configuration is right");
         return Ok(());
     }
-    logs::init(&settings.log)?;
+    logs::init(&log)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
         .map_err(|e| Failure::new(Kind::Internal, format!("cannot start the runtime: {e}")))?;
     let outcome = runtime.block_on(async {
         let (_trigger, shutdown) = Shutdown::on_signals()?;
-        app::App::build(settings).await?.run_until_stopped(shutdown).await
+        work.carry_out(shutdown).await
     });
     // A call into librdkafka that still waits for a broker must not hold up the exit.
     runtime.shutdown_timeout(Duration::from_millis(100));

@@ -10,10 +10,7 @@ use std::{
 };
 
 use rdkafka::{
-    Message,
-    consumer::base_consumer::PartitionQueue,
-    error::KafkaError,
-    message::{BorrowedMessage, Timestamp},
+    Message, consumer::base_consumer::PartitionQueue, error::KafkaError, message::BorrowedMessage,
 };
 use service::shutdown::Shutdown;
 use tokio::{
@@ -25,9 +22,10 @@ use crate::{
     config::Limits,
     decide::{Cause, Decision, Poison, decide},
     dlq::{DeadLetters, Letter},
-    event::{self, Event},
     group::{Context, PartitionId},
+    handlers::Handler,
     metrics::Metrics,
+    record::{self, Event, Record},
     store::Store,
 };
 
@@ -35,8 +33,8 @@ use crate::{
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// What all partitions share.
-pub(crate) struct Shared {
-    pub(crate) store: Store,
+pub(crate) struct Shared<H> {
+    pub(crate) store: Store<H>,
     pub(crate) dead_letters: DeadLetters,
     pub(crate) metrics: Metrics,
     pub(crate) limits: Limits,
@@ -94,8 +92,8 @@ impl Partition {
 struct Abandoned;
 
 /// Works through one partition.
-pub(crate) struct Worker {
-    pub(crate) shared: Arc<Shared>,
+pub(crate) struct Worker<H> {
+    pub(crate) shared: Arc<Shared<H>>,
     pub(crate) partition: Arc<Partition>,
     pub(crate) queue: PartitionQueue<Context>,
     /// Told when the queue is no longer empty.
@@ -103,7 +101,7 @@ pub(crate) struct Worker {
     pub(crate) stop: Shutdown,
 }
 
-impl Worker {
+impl<H: Handler> Worker<H> {
     /// Runs until told to stop; a batch under way is finished, one that waits for something is abandoned.
     pub(crate) async fn run(self) {
         while !self.stop.is_requested() {
@@ -161,7 +159,7 @@ impl Worker {
         let mut records = Vec::with_capacity(batch.len());
         let mut letters = Vec::new();
         for record in batch {
-            match event::parse(record.key(), record.payload()) {
+            match H::Event::parse(&Record::of(record)) {
                 Ok(event) => {
                     events.push(event);
                     records.push(record);
@@ -177,7 +175,7 @@ impl Worker {
     /// halved until the one is found; the others are applied.
     async fn apply<'m>(
         &self,
-        events: &[Event],
+        events: &[H::Event],
         records: &[&'m BorrowedMessage<'m>],
         letters: &mut Vec<Letter<'m>>,
     ) -> Result<(), Abandoned> {
@@ -206,7 +204,7 @@ impl Worker {
     /// Tries to apply events in one transaction, as often as it takes, until it is done or they are refused.
     async fn attempt(
         &self,
-        events: &[Event],
+        events: &[H::Event],
         records: &[&BorrowedMessage<'_>],
     ) -> Result<Attempted, Abandoned> {
         let mut attempt = 1;
@@ -228,17 +226,13 @@ impl Worker {
         }
     }
 
-    fn applied(&self, events: &[Event], records: &[&BorrowedMessage<'_>], fresh: &[usize]) {
+    fn applied(&self, events: &[H::Event], records: &[&BorrowedMessage<'_>], fresh: &[usize]) {
         let metrics = &self.shared.metrics;
         metrics.duplicates(events.len() - fresh.len());
         let now_ms = chrono::Utc::now().timestamp_millis();
         for index in fresh {
-            let written_ms = match records[*index].timestamp() {
-                Timestamp::CreateTime(ms) | Timestamp::LogAppendTime(ms) => Some(ms),
-                Timestamp::NotAvailable => None,
-            };
-            metrics
-                .applied(events[*index].change.type_name(), written_ms.map(|ms| now_ms.saturating_sub(ms)));
+            let latency_ms = record::written_ms(records[*index]).map(|ms| now_ms.saturating_sub(ms));
+            metrics.applied(events[*index].type_name(), latency_ms);
         }
     }
 

@@ -3,8 +3,14 @@
 
 use sqlx::PgConnection;
 
-use super::{Applying, Handler, latest, open_tasks};
-use crate::event::{Change, Details, Event};
+use super::{
+    Handler,
+    orders::{latest, open_tasks},
+};
+use crate::{
+    decide::Fault,
+    event::{Change, Details, OrderEvent},
+};
 
 /// Writes `fulfillment_orders` and `fulfillment_tasks`.
 pub(crate) struct Fulfillment;
@@ -33,15 +39,15 @@ const INSERT_TASKS: &str = "
     ON CONFLICT (event_id) DO NOTHING";
 
 impl Handler for Fulfillment {
-    fn apply<'a>(&'a self, transaction: &'a mut PgConnection, events: &'a [&'a Event]) -> Applying<'a> {
-        Box::pin(async move {
-            write_orders(transaction, events).await?;
-            open_tasks(transaction, INSERT_TASKS, events, task).await
-        })
+    type Event = OrderEvent;
+
+    async fn apply(&self, transaction: &mut PgConnection, events: &[&OrderEvent]) -> Result<(), Fault> {
+        write_orders(transaction, events).await?;
+        Ok(open_tasks(transaction, INSERT_TASKS, events, task).await?)
     }
 }
 
-async fn write_orders(transaction: &mut PgConnection, events: &[&Event]) -> sqlx::Result<()> {
+async fn write_orders(transaction: &mut PgConnection, events: &[&OrderEvent]) -> sqlx::Result<()> {
     let orders = latest(events);
     sqlx::query(UPSERT_ORDERS)
         .bind(orders.iter().map(|o| o.event.order_id.as_str()).collect::<Vec<_>>())

@@ -3,8 +3,14 @@
 use serde_json::Value;
 use sqlx::PgConnection;
 
-use super::{Applying, Handler, latest, open_tasks};
-use crate::event::{Change, Event};
+use super::{
+    Handler,
+    orders::{latest, open_tasks},
+};
+use crate::{
+    decide::Fault,
+    event::{Change, Details, OrderEvent},
+};
 
 /// Writes `pharmacy_orders` and `pharmacy_tasks`.
 pub(crate) struct Pharmacy;
@@ -34,17 +40,17 @@ const INSERT_TASKS: &str = "
     ON CONFLICT (event_id) DO NOTHING";
 
 impl Handler for Pharmacy {
-    fn apply<'a>(&'a self, transaction: &'a mut PgConnection, events: &'a [&'a Event]) -> Applying<'a> {
-        Box::pin(async move {
-            write_orders(transaction, events).await?;
-            open_tasks(transaction, INSERT_TASKS, events, task).await
-        })
+    type Event = OrderEvent;
+
+    async fn apply(&self, transaction: &mut PgConnection, events: &[&OrderEvent]) -> Result<(), Fault> {
+        write_orders(transaction, events).await?;
+        Ok(open_tasks(transaction, INSERT_TASKS, events, task).await?)
     }
 }
 
-async fn write_orders(transaction: &mut PgConnection, events: &[&Event]) -> sqlx::Result<()> {
+async fn write_orders(transaction: &mut PgConnection, events: &[&OrderEvent]) -> sqlx::Result<()> {
     let orders = latest(events);
-    let items = |d: &crate::event::Details| serde_json::to_value(&d.items);
+    let items = |d: &Details| serde_json::to_value(&d.items);
     let items: Vec<Option<Value>> = orders
         .iter()
         .map(|o| o.details.map(items).transpose())

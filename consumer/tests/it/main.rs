@@ -6,8 +6,10 @@
     reason = "a test fails by panicking; clippy knows test functions, not their helpers"
 )]
 
+mod acks;
 mod delivery;
 mod group;
+mod messages;
 mod outage;
 mod poison;
 mod stage;

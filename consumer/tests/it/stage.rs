@@ -229,6 +229,24 @@ impl Stage {
         .unwrap()
     }
 
+    /// Makes the consumer's tables, by its own command.
+    pub(crate) async fn migrate(&self) {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_consumer"));
+        command.arg("migrate").env("CONSUMER_POSTGRES__URL", self.url());
+        let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    /// Runs statements, as the superuser in the test's own database.
+    pub(crate) async fn run(&self, sql: &str) {
+        sqlx::raw_sql(AssertSqlSafe(sql.to_owned())).execute(&self.pool).await.unwrap();
+    }
+
+    /// The first column of a query, as text.
+    pub(crate) async fn texts(&self, sql: &str) -> Vec<String> {
+        sqlx::query_scalar(AssertSqlSafe(sql)).fetch_all(&self.pool).await.unwrap()
+    }
+
     /// One number from the database.
     pub(crate) async fn number(&self, sql: &str) -> i64 {
         sqlx::query_scalar(AssertSqlSafe(sql)).fetch_one(&self.pool).await.unwrap()
@@ -289,6 +307,24 @@ impl Record {
             partition: None,
         }
     }
+
+    pub(crate) fn header(&mut self, name: &str, value: &str) {
+        self.headers.push((name.into(), value.into()));
+    }
+}
+
+/// A generic message as the order API and the relay write it, the `attempt`th delivery of it.
+pub(crate) fn message(id: Uuid, attempt: i32, require_ack: &str, payload: &str) -> Record {
+    let mut record =
+        Record { key: Some(id.to_string().into_bytes()), value: Some(payload.into()), ..Record::default() };
+    record.header("id", &Uuid::now_v7().to_string());
+    record.header("message-id", &id.to_string());
+    record.header("attempt", &attempt.to_string());
+    record.header("lsn", &format!("0/{attempt}"));
+    if !require_ack.is_empty() {
+        record.header("require-ack", require_ack);
+    }
+    record
 }
 
 /// A dead letter as read.

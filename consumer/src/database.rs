@@ -1,0 +1,157 @@
+//! A database at the start: waited for, and its tables made or, where they are somebody else's, looked at.
+
+use std::time::Duration;
+
+use service::{Failure, exit::Kind};
+use sqlx::{
+    ConnectOptions, Connection, PgConnection, PgPool,
+    migrate::{MigrateError, Migrator},
+    postgres::{PgConnectOptions, PgPoolOptions},
+};
+use tokio::time::{Instant, sleep, timeout};
+
+use crate::{decide::Backoff, handlers::Tables};
+
+static MIGRATIONS: Migrator = sqlx::migrate!();
+
+/// How long one connection attempt may take.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Where it is and how long to wait for it.
+#[derive(Debug, Clone)]
+pub(crate) struct Database {
+    pub(crate) options: PgConnectOptions,
+    pub(crate) connections_max: u32,
+    pub(crate) start_timeout: Duration,
+}
+
+impl Database {
+    /// Connects, and makes or checks the tables; waits for a database that does not answer, up to the configured
+    /// time. `name` is what the server knows us by.
+    ///
+    /// # Errors
+    /// 69 when the database refuses us for good, 75 when the time is over.
+    pub(crate) async fn open(&self, name: &str, tables: Tables) -> Result<PgPool, Failure> {
+        let options = self.options.clone().application_name(name).disable_statement_logging();
+        let give_up = Instant::now() + self.start_timeout;
+        let backoff = Backoff { first: Duration::from_millis(200), max: Duration::from_secs(3) };
+        let mut attempt = 1;
+        loop {
+            let error = match prepare(&options, tables).await {
+                Ok(missing) if missing.is_empty() => break,
+                Ok(missing) => return Err(lacking(&missing, &options, tables)),
+                Err(e) => refusal(&e, &options, tables)?,
+            };
+            if Instant::now() >= give_up {
+                return Err(Failure::new(
+                    Kind::GaveUp,
+                    format!("the database {} did not become usable: {error}", address(&options)),
+                )
+                .hint(
+                    "start it, or correct postgres.url; postgres.start_timeout_seconds is how long we wait",
+                ));
+            }
+            tracing::warn!(attempt, error, database = address(&options), "waiting for the database");
+            sleep(backoff.after(attempt, fastrand::f64())).await;
+            attempt += 1;
+        }
+        Ok(PgPoolOptions::new()
+            .max_connections(self.connections_max)
+            .acquire_timeout(CONNECT_TIMEOUT)
+            .connect_lazy_with(options))
+    }
+}
+
+/// Makes or checks the tables, over a connection of its own, because the pool hides why a connection fails. What is
+/// missing and not ours to make is given back. Several instances may do so at once: the migrator holds an advisory
+/// lock.
+async fn prepare(options: &PgConnectOptions, tables: Tables) -> Result<Vec<String>, MigrateError> {
+    let connecting = timeout(CONNECT_TIMEOUT, PgConnection::connect_with(options));
+    let mut connection = connecting.await.map_err(|_| sqlx::Error::PoolTimedOut)??;
+    let missing = match tables {
+        Tables::Ours => {
+            // Or every start tells that the migrator's own table is there already.
+            sqlx::query("SET client_min_messages = warning").execute(&mut connection).await?;
+            MIGRATIONS.run_direct(None, &mut connection, false).await?;
+            Vec::new()
+        }
+        Tables::Theirs { needed, .. } => {
+            let (tables, privileges): (Vec<&str>, Vec<&str>) = needed.iter().copied().unzip();
+            sqlx::query_scalar(
+                "SELECT privilege || ' on ' || name FROM unnest($1::text[], $2::text[]) AS needed (name, privilege)
+                 WHERE NOT coalesce(has_any_column_privilege(to_regclass(name), privilege), false)",
+            )
+            .bind(tables)
+            .bind(privileges)
+            .fetch_all(&mut connection)
+            .await?
+        }
+    };
+    connection.close().await?;
+    Ok(missing)
+}
+
+/// The failure that tables are which somebody else has to make.
+fn lacking(missing: &[String], options: &PgConnectOptions, tables: Tables) -> Failure {
+    let why = format!("in {} there is no {}", address(options), missing.join(", no "));
+    Failure::new(Kind::Refused, why).hint(remedy(options, tables))
+}
+
+/// How the tables, and what we may do with them, come about.
+fn remedy(options: &PgConnectOptions, tables: Tables) -> String {
+    match tables {
+        Tables::Ours => {
+            "the consumer's role must own its database, or hold CREATE on it and on its schema public \
+                         (and own the tables that are there)"
+                .into()
+        }
+        Tables::Theirs { made_by, .. } => format!(
+            "apply the schema: psql -v ON_ERROR_STOP=1 -f {made_by} postgres://postgres@{}:{}/{} (as the superuser); \
+             or correct postgres.url",
+            options.get_host(),
+            options.get_port(),
+            options.get_database().unwrap_or("orders")
+        ),
+    }
+}
+
+/// The failure that an error at the start is for good, or else its text.
+fn refusal(error: &MigrateError, options: &PgConnectOptions, tables: Tables) -> Result<String, Failure> {
+    let refused = |message: String, hint: String| Err(Failure::new(Kind::Refused, message).hint(hint));
+    let source = match error {
+        MigrateError::Execute(e) | MigrateError::ExecuteMigration(e, _) => e,
+        MigrateError::VersionMissing(_)
+        | MigrateError::VersionMismatch(_)
+        | MigrateError::VersionTooNew(..)
+        | MigrateError::Dirty(_) => {
+            return refused(
+                format!("the tables in {} are not those of this version: {error}", address(options)),
+                "run the version of the consumer that made them, or give this one another database".into(),
+            );
+        }
+        _ => return Ok(error.to_string()),
+    };
+    let code = source.as_database_error().and_then(sqlx::error::DatabaseError::code);
+    match code.as_deref() {
+        Some(code) if code.starts_with("28") => refused(
+            format!("Postgres refuses {}: {source}", address(options)),
+            "correct the user in postgres.url and the password (CONSUMER_POSTGRES__PASSWORD), or pg_hba.conf"
+                .into(),
+        ),
+        Some("3D000") => refused(
+            format!("{source} (at {})", address(options)),
+            "create it (CREATE DATABASE … OWNER consumer), or correct postgres.url".into(),
+        ),
+        Some(code) if code.starts_with("42") => refused(
+            format!("cannot make or use the consumer's tables in {}: {source}", address(options)),
+            remedy(options, tables),
+        ),
+        _ => Ok(source.to_string()),
+    }
+}
+
+/// Where the database is, without its password.
+fn address(options: &PgConnectOptions) -> String {
+    let database = options.get_database().unwrap_or_else(|| options.get_username());
+    format!("{}@{}:{}/{database}", options.get_username(), options.get_host(), options.get_port())
+}
