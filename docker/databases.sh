@@ -20,4 +20,5 @@ ensure orders ''
 sql --dbname=orders --file="$scripts/init.sql" --file="$scripts/local.sql"
 # Its owner comes from local.sql.
 ensure consumers 'OWNER consumer'
+sql --dbname=consumers --file="$scripts/consumers.sql"
 echo "the databases orders and consumers are there"

@@ -15,6 +15,10 @@ BEGIN
     IF NOT EXISTS (SELECT FROM pg_catalog.pg_roles WHERE rolname = 'consumer') THEN
         CREATE ROLE consumer;
     END IF;
+    -- The relay of the outbox in `consumers`: it reads the log, and nothing else (see consumers.sql).
+    IF NOT EXISTS (SELECT FROM pg_catalog.pg_roles WHERE rolname = 'consumers_relay') THEN
+        CREATE ROLE consumers_relay;
+    END IF;
 END
 $$;
 
@@ -23,6 +27,7 @@ ALTER ROLE order_api PASSWORD 'order_api';
 ALTER ROLE order_acks PASSWORD 'order_acks';
 ALTER ROLE cdc_relay PASSWORD 'cdc_relay';
 ALTER ROLE consumer LOGIN PASSWORD 'consumer';
+ALTER ROLE consumers_relay LOGIN REPLICATION PASSWORD 'consumers_relay';
 
 -- A developer who connects as the owner looks at slots and follows the WAL (`just wal`).
 ALTER ROLE orders_owner REPLICATION;

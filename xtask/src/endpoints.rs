@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     failure::{Explain, Result},
     ports::Ports,
+    services,
 };
 
 /// Where everything of a stack is. Written when all is ready, and again whenever a process gets another id.
@@ -28,6 +29,9 @@ pub(crate) struct Endpoints {
     /// Base address of the relay's HTTP server.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cdc_relay: Option<String>,
+    /// Base address of the HTTP server of the relay of the consumers' outbox.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub consumers_relay: Option<String>,
     /// Base address of each consumer, by name.
     pub consumers: BTreeMap<String, String>,
     /// Process id of the supervisor.
@@ -56,9 +60,8 @@ impl Endpoints {
             let instances = ports.services.iter().filter(|instance| instance.service == service);
             instances.map(|instance| (instance.name.clone(), url(&instance.port))).collect()
         };
-        let mut consumers = of("pharmacy");
-        consumers.extend(of("fulfillment"));
-        let (apis, mut relays) = (of("order-api"), of("cdc-relay"));
+        let consumers = services::CONSUMERS.into_iter().flat_map(of).collect();
+        let apis = of("order-api");
         Self {
             postgres: database(ports.postgres, "orders_owner", "orders"),
             consumer_postgres: database(ports.postgres, "consumer", "consumers"),
@@ -66,7 +69,8 @@ impl Endpoints {
             kafka: bootstrap(&ports.kafka),
             order_api: apis.get("order-api").cloned(),
             order_apis: apis.into_values().collect(),
-            cdc_relay: relays.remove("cdc-relay"),
+            cdc_relay: of("cdc-relay").remove("cdc-relay"),
+            consumers_relay: of("consumers-relay").remove("consumers-relay"),
             consumers,
             supervisor: std::process::id(),
             processes: Vec::new(),
@@ -107,6 +111,8 @@ mod tests {
                 instance("order-api", "order-api", 8080),
                 instance("order-api", "order-api-2", 8100),
                 instance("cdc-relay", "cdc-relay", 8081),
+                instance("consumers-relay", "consumers-relay", 8082),
+                instance("messages", "messages", 8092),
                 instance("pharmacy", "pharmacy", 8090),
                 instance("fulfillment", "fulfillment", 8091),
             ],
@@ -127,9 +133,14 @@ mod tests {
         assert_eq!(json["order_api"], "http://127.0.0.1:8080");
         assert_eq!(json["order_apis"][1], "http://127.0.0.1:8100");
         assert_eq!(json["cdc_relay"], "http://127.0.0.1:8081");
+        assert_eq!(json["consumers_relay"], "http://127.0.0.1:8082");
         assert_eq!(
             json["consumers"],
-            serde_json::json!({"pharmacy": "http://127.0.0.1:8090", "fulfillment": "http://127.0.0.1:8091"})
+            serde_json::json!({
+                "pharmacy": "http://127.0.0.1:8090",
+                "fulfillment": "http://127.0.0.1:8091",
+                "messages": "http://127.0.0.1:8092"
+            })
         );
         assert_eq!(json["processes"][0]["name"], "postgres");
         assert_eq!(json["processes"][0]["pid"], 7);

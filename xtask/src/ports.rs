@@ -17,8 +17,15 @@ const POSTGRES: u16 = 15432;
 const KAFKA: u16 = 19092;
 /// Kafka's brokers talk among themselves here.
 const CONTROLLER: u16 = 19192;
-const SERVICES: [(&str, u16); 4] =
-    [("order-api", 8080), ("cdc-relay", 8081), ("pharmacy", 8090), ("fulfillment", 8091)];
+const SERVICES: [(&str, u16); 7] = [
+    ("order-api", 8080),
+    ("cdc-relay", 8081),
+    ("consumers-relay", 8082),
+    ("pharmacy", 8090),
+    ("fulfillment", 8091),
+    ("messages", 8092),
+    ("acks", 8093),
+];
 /// Further instances (`--scale`) take the next free ports from here, in the order of `SERVICES`.
 const FURTHER: u16 = 8100;
 const FURTHER_TO: u16 = 8999;
@@ -26,9 +33,9 @@ const FURTHER_TO: u16 = 8999;
 /// Free ports come from below those that Linux gives to outgoing connections (32768 and up), so that a port is
 /// still free when the server that had it is started again.
 const AUTO_FROM: u16 = 20_000;
-const AUTO_BLOCKS: u16 = 170;
-/// Ports of one block; the largest stack (three brokers, every service at its most instances) needs 71.
-const AUTO_BLOCK: u16 = 72;
+const AUTO_BLOCKS: u16 = 106;
+/// Ports of one block; the largest stack (three brokers, every service at its most instances) needs 119.
+const AUTO_BLOCK: u16 = 120;
 
 /// The ports of one stack.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -65,7 +72,7 @@ pub(crate) fn choose(up: &Up, claims: &Path) -> Result<(Ports, Option<File>)> {
             return Ok((ports, Some(claim)));
         }
     }
-    Err(Failure::new("no free ports between 20000 and 32240"))
+    Err(Failure::new("no free ports between 20000 and 32720"))
 }
 
 /// Two stacks that choose at the same moment must not choose the same ports.
@@ -187,7 +194,15 @@ mod tests {
         let services: Vec<_> = ports.services.iter().map(|i| (i.name.as_str(), i.port)).collect();
         assert_eq!(
             services,
-            [("order-api", 8080), ("cdc-relay", 8081), ("pharmacy", 8090), ("fulfillment", 8091)]
+            [
+                ("order-api", 8080),
+                ("cdc-relay", 8081),
+                ("consumers-relay", 8082),
+                ("pharmacy", 8090),
+                ("fulfillment", 8091),
+                ("messages", 8092),
+                ("acks", 8093)
+            ]
         );
     }
 
@@ -203,9 +218,12 @@ mod tests {
                 ("order-api-2", 8100),
                 ("order-api-3", 8102),
                 ("cdc-relay", 8081),
+                ("consumers-relay", 8082),
                 ("pharmacy", 8090),
                 ("pharmacy-2", 8103),
-                ("fulfillment", 8091)
+                ("fulfillment", 8091),
+                ("messages", 8092),
+                ("acks", 8093)
             ]
         );
     }
@@ -224,11 +242,11 @@ mod tests {
         let ports = auto(&up, 20_000, |port| port != 20_001).unwrap();
         let mut all = [vec![ports.postgres], ports.kafka, ports.controllers].concat();
         all.extend(ports.services.iter().map(|instance| instance.port));
-        assert_eq!(all.len(), 14);
-        assert!(all.iter().all(|port| (20_000..20_072).contains(port) && *port != 20_001), "{all:?}");
+        assert_eq!(all.len(), 17);
+        assert!(all.iter().all(|port| (20_000..20_120).contains(port) && *port != 20_001), "{all:?}");
         all.sort_unstable();
         all.dedup();
-        assert_eq!(all.len(), 14);
+        assert_eq!(all.len(), 17);
         assert_eq!(auto(&up, 20_000, |port| port < 20_010), None);
     }
 

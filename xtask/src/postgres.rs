@@ -217,17 +217,25 @@ pub(crate) async fn databases(layout: &Layout, port: u16) -> Result<()> {
     ensure(&mut maintenance, "orders", None).await?;
     let mut orders = connect(port, "orders").await?;
     for file in ["init.sql", "local.sql"] {
-        let path = layout.root.join("postgres").join(file);
-        let sql = fs::read_to_string(&path).explain(|| format!("read {}", path.display()))?;
-        sqlx::raw_sql(AssertSqlSafe(sql))
-            .execute(&mut orders)
-            .await
-            .explain(|| format!("apply postgres/{file} to the orders database"))?;
+        apply(layout, &mut orders, file).await?;
     }
     ensure(&mut maintenance, "consumers", Some("consumer")).await?;
-    let _ = orders.close().await;
-    let _ = maintenance.close().await;
+    let mut consumers = connect(port, "consumers").await?;
+    apply(layout, &mut consumers, "consumers.sql").await?;
+    for connection in [orders, consumers, maintenance] {
+        let _ = connection.close().await;
+    }
     Ok(())
+}
+
+async fn apply(layout: &Layout, connection: &mut PgConnection, file: &str) -> Result<()> {
+    let path = layout.root.join("postgres").join(file);
+    let sql = fs::read_to_string(&path).explain(|| format!("read {}", path.display()))?;
+    sqlx::raw_sql(AssertSqlSafe(sql))
+        .execute(connection)
+        .await
+        .map(drop)
+        .explain(|| format!("apply postgres/{file}"))
 }
 
 async fn connect(port: u16, name: &str) -> Result<PgConnection> {

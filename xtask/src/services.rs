@@ -25,12 +25,33 @@ const GRACE: Duration = Duration::from_secs(20);
 /// build of the workspace wants, so that whatever is built together with it compiles each dependency once.
 const PACKAGES: [&str; 4] = ["order-api", "cdc-relay", "consumer", "xtask"];
 
+/// The consumers, each called by its handler.
+pub(crate) const CONSUMERS: [&str; 4] = ["pharmacy", "fulfillment", "messages", "acks"];
+
+/// The topic that a consumer reads.
+pub(crate) fn topic(consumer: &str) -> &'static str {
+    match consumer {
+        "messages" => "notifications",
+        "acks" => "order-acks",
+        _ => "order-events",
+    }
+}
+
+/// The replication slot of a relay.
+pub(crate) fn slot(service: &str) -> Option<&'static str> {
+    match service {
+        "cdc-relay" => Some("cdc_relay"),
+        "consumers-relay" => Some("consumers_relay"),
+        _ => None,
+    }
+}
+
 /// The package that a service is built from; nothing for Postgres and Kafka.
 pub(crate) fn package(service: &str) -> Option<&'static str> {
     match service {
         "order-api" => Some("order-api"),
-        "cdc-relay" => Some("cdc-relay"),
-        "pharmacy" | "fulfillment" => Some("consumer"),
+        "cdc-relay" | "consumers-relay" => Some("cdc-relay"),
+        consumer if CONSUMERS.contains(&consumer) => Some("consumer"),
         _ => None,
     }
 }
@@ -101,7 +122,6 @@ pub(crate) fn binary(package: &str) -> Result<PathBuf> {
 
 /// How to run one instance.
 pub(crate) fn spec(layout: &Layout, ports: &Ports, instance: &Instance) -> Result<Spec> {
-    let kafka = bootstrap(&ports.kafka);
     let listen = format!("127.0.0.1:{}", instance.port);
     let (package, layer, args, env) = match instance.service {
         "order-api" => (
@@ -113,25 +133,28 @@ pub(crate) fn spec(layout: &Layout, ports: &Ports, instance: &Instance) -> Resul
                 ("ORDER_API_POSTGRES__URL", database(ports.postgres, "order_api", "orders")),
             ],
         ),
-        "cdc-relay" => {
-            let mut env = relay_env(ports);
+        "cdc-relay" | "consumers-relay" => {
+            let mut env = relay_env(ports, instance.service);
             env.push(("CDC_RELAY_HTTP__LISTEN", listen));
             ("cdc-relay", Layer::Relay, vec!["run".into()], env)
         }
-        handler => (
-            "consumer",
-            Layer::Consumer,
-            vec![],
-            vec![
+        handler => {
+            let url = match handler {
+                "acks" => database(ports.postgres, "order_acks", "orders"),
+                _ => consumers(ports),
+            };
+            let env = vec![
                 ("CONSUMER_HTTP__LISTEN", listen),
-                ("CONSUMER_KAFKA__BROKERS", kafka),
-                ("CONSUMER_POSTGRES__URL", database(ports.postgres, "consumer", "consumers")),
+                ("CONSUMER_KAFKA__BROKERS", bootstrap(&ports.kafka)),
+                ("CONSUMER_KAFKA__TOPICS", topic(handler).to_owned()),
+                ("CONSUMER_POSTGRES__URL", url),
                 ("CONSUMER_CONSUMER__HANDLER", handler.to_owned()),
                 // A static member: one that was killed has its partitions back at once, instead of after the
                 // session's time-out.
                 ("CONSUMER_KAFKA__PROPERTIES__GROUP_INSTANCE_ID", instance.name.clone()),
-            ],
-        ),
+            ];
+            ("consumer", Layer::Consumer, vec![], env)
+        }
     };
     Ok(Spec {
         name: instance.name.clone(),
@@ -149,22 +172,52 @@ pub(crate) fn spec(layout: &Layout, ports: &Ports, instance: &Instance) -> Resul
     })
 }
 
-fn relay_env(ports: &Ports) -> Vec<(&'static str, String)> {
-    vec![
-        ("CDC_RELAY_POSTGRES__URL", database(ports.postgres, "cdc_relay", "orders")),
-        ("CDC_RELAY_KAFKA__BROKERS", bootstrap(&ports.kafka)),
-        ("CDC_RELAY_ROUTE__TOPIC", "${aggregatetype}-events".to_owned()),
-    ]
+/// The consumers' database, as its owner.
+fn consumers(ports: &Ports) -> String {
+    database(ports.postgres, "consumer", "consumers")
 }
 
-/// Makes the relay's slot, by the command that a user would use. Nothing happens when it is there.
-pub(crate) async fn init_relay(layout: &Layout, ports: &Ports) -> Result<()> {
-    let path = layout.log("cdc-relay-init");
+fn relay_env(ports: &Ports, service: &str) -> Vec<(&'static str, String)> {
+    let mut env = vec![("CDC_RELAY_KAFKA__BROKERS", bootstrap(&ports.kafka))];
+    if service == "consumers-relay" {
+        env.extend([
+            ("CDC_RELAY_POSTGRES__URL", database(ports.postgres, "consumers_relay", "consumers")),
+            ("CDC_RELAY_POSTGRES__SLOT", "consumers_relay".to_owned()),
+            ("CDC_RELAY_POSTGRES__PUBLICATION", "consumers_relay".to_owned()),
+        ]);
+    } else {
+        env.push(("CDC_RELAY_POSTGRES__URL", database(ports.postgres, "cdc_relay", "orders")));
+    }
+    // Of a row that names no topic.
+    env.push(("CDC_RELAY_ROUTE__TOPIC", "${aggregatetype}-events".to_owned()));
+    env
+}
+
+/// Makes the tables and slots that services need before there is one, by the commands that a user would use: the
+/// consumers' tables, then each relay's slot. Nothing happens when they are there.
+pub(crate) async fn init(layout: &Layout, ports: &Ports) -> Result<()> {
+    let migrate = vec![("CONSUMER_POSTGRES__URL", consumers(ports))];
+    once(layout, "consumers-migrate", "consumer", "migrate", migrate).await?;
+    for relay in ["cdc-relay", "consumers-relay"] {
+        once(layout, &format!("{relay}-init"), "cdc-relay", "init", relay_env(ports, relay)).await?;
+    }
+    Ok(())
+}
+
+/// Runs a command of a package to its end.
+async fn once(
+    layout: &Layout,
+    name: &str,
+    package: &str,
+    command: &str,
+    env: Vec<(&'static str, String)>,
+) -> Result<()> {
+    let path = layout.log(name);
     let log = open_log(&path)?;
     let errors = log.try_clone().explain(|| format!("write {}", path.display()))?;
-    let status = tokio::process::Command::new(binary("cdc-relay")?)
-        .arg("init")
-        .envs(relay_env(ports))
+    let status = tokio::process::Command::new(binary(package)?)
+        .arg(command)
+        .envs(env)
         .current_dir(&layout.dir)
         .stdin(Stdio::null())
         .stdout(log)
@@ -172,9 +225,10 @@ pub(crate) async fn init_relay(layout: &Layout, ports: &Ports) -> Result<()> {
         .kill_on_drop(true)
         .status()
         .await
-        .explain(|| "start cdc-relay init".to_owned())?;
+        .explain(|| format!("start {package} {command}"))?;
     if status.success() {
         return Ok(());
     }
-    Err(logs::with_tail(Failure::new(format!("cdc-relay init failed: {}", ending::describe(status))), &path))
+    let why = format!("{package} {command} failed: {}", ending::describe(status));
+    Err(logs::with_tail(Failure::new(why), &path))
 }

@@ -1,6 +1,7 @@
 //! `cargo xtask status`: what runs, how it is, and how far behind.
 
 use std::{
+    collections::HashMap,
     io::{self, Write},
     time::Duration,
 };
@@ -25,9 +26,6 @@ use crate::{
 
 /// How long Kafka and Postgres may take to tell the lags.
 const LIMIT: Duration = Duration::from_secs(5);
-
-/// The topic whose consumers are looked at.
-const TOPIC: &str = "order-events";
 
 #[derive(Debug, Serialize)]
 struct Row {
@@ -55,10 +53,10 @@ pub(crate) async fn status(args: &cli::Status) -> Result<()> {
         Some(state) if supervised || state.processes.iter().any(alive) => state,
         _ => return state::running(&layout).map(drop),
     };
-    let slot = slot_lag(&state).await;
+    let slots = slot_lags(&state).await;
     let mut rows = Vec::new();
     for entry in &state.processes {
-        rows.push(row(&state, entry, supervised, slot).await);
+        rows.push(row(&state, entry, supervised, &slots).await);
     }
     let text = if args.json {
         serde_json::to_string_pretty(&rows).explain(|| "print the status".to_owned())?
@@ -77,7 +75,7 @@ fn alive(entry: &Entry) -> bool {
     entry.identity.as_ref().is_some_and(Identity::alive)
 }
 
-async fn row(state: &State, entry: &Entry, supervised: bool, slot: Option<i64>) -> Row {
+async fn row(state: &State, entry: &Entry, supervised: bool, slots: &HashMap<String, i64>) -> Row {
     let alive = alive(entry);
     let probe = match entry.service.as_str() {
         "postgres" => Probe::Postgres { url: state.endpoints.postgres_superuser.clone() },
@@ -103,36 +101,37 @@ async fn row(state: &State, entry: &Entry, supervised: bool, slot: Option<i64>) 
         health,
         restarts: entry.restarts,
         consumer_lag_records,
-        slot_lag_bytes: slot.filter(|_| entry.service == "cdc-relay"),
+        slot_lag_bytes: services::slot(&entry.service).and_then(|slot| slots.get(slot).copied()),
     }
 }
 
-/// How far the relay's slot is behind the end of the WAL.
-async fn slot_lag(state: &State) -> Option<i64> {
+/// How far each slot is behind the end of the WAL, as far as Postgres tells.
+async fn slot_lags(state: &State) -> HashMap<String, i64> {
     let ask = async {
         let mut connection = PgConnection::connect(&state.endpoints.postgres_superuser).await?;
-        let sql = "SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), confirmed_flush_lsn)::bigint \
-                   FROM pg_replication_slots WHERE slot_name = 'cdc_relay'";
-        let lag: Option<Option<i64>> = sqlx::query_scalar(sql).fetch_optional(&mut connection).await?;
-        Ok::<_, sqlx::Error>(lag.flatten())
+        let sql = "SELECT slot_name::text, pg_wal_lsn_diff(pg_current_wal_lsn(), confirmed_flush_lsn)::bigint \
+                   FROM pg_replication_slots WHERE confirmed_flush_lsn IS NOT NULL";
+        let lags: Vec<(String, i64)> = sqlx::query_as(sql).fetch_all(&mut connection).await?;
+        Ok::<_, sqlx::Error>(lags.into_iter().collect())
     };
-    tokio::time::timeout(LIMIT, ask).await.ok()?.ok()?
+    tokio::time::timeout(LIMIT, ask).await.ok().and_then(std::result::Result::ok).unwrap_or_default()
 }
 
-/// How many records of the topic a group has not committed yet.
+/// How many records of its topic a group has not committed yet.
 fn consumer_lag(bootstrap: &str, group: &str) -> Option<i64> {
+    let topic = services::topic(group);
     let mut config = topics::client(bootstrap);
     config.set("group.id", group);
     let consumer: BaseConsumer<Quiet> = config.create_with_context(Quiet).ok()?;
-    let metadata = consumer.fetch_metadata(Some(TOPIC), LIMIT).ok()?;
+    let metadata = consumer.fetch_metadata(Some(topic), LIMIT).ok()?;
     let mut wanted = TopicPartitionList::new();
     for partition in metadata.topics().first()?.partitions() {
-        wanted.add_partition(TOPIC, partition.id());
+        wanted.add_partition(topic, partition.id());
     }
     let committed = consumer.committed_offsets(wanted, LIMIT).ok()?;
     let mut lag = 0;
     for partition in committed.elements() {
-        let (low, high) = consumer.fetch_watermarks(TOPIC, partition.partition(), LIMIT).ok()?;
+        let (low, high) = consumer.fetch_watermarks(topic, partition.partition(), LIMIT).ok()?;
         let from = match partition.offset() {
             Offset::Offset(offset) => offset.max(low),
             _ => low,

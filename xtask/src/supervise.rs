@@ -228,9 +228,9 @@ async fn start_kafka(up: &Up, desk: &Desk, crew: &Crew, ports: &Ports) -> Result
 
 async fn start_services(desk: &Desk, crew: &Crew, ports: &Ports) -> Result<()> {
     let (layout, progress) = (&desk.layout, &desk.progress);
-    let step = progress.step("cdc-relay init");
-    services::init_relay(layout, ports).await?;
-    step.done("replication slot ready");
+    let step = progress.step("consumer migrate, cdc-relay init");
+    services::init(layout, ports).await?;
+    step.done("the consumers' tables and the replication slots ready");
     let mut steps = Vec::new();
     for instance in &ports.services {
         crew.hire(services::spec(layout, ports, instance)?)?;

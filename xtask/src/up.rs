@@ -99,6 +99,9 @@ fn summary(endpoints: &Endpoints, path: &str) -> String {
     if let Some(url) = &endpoints.cdc_relay {
         say("cdc-relay", url);
     }
+    if let Some(url) = &endpoints.consumers_relay {
+        say("consumers-relay", url);
+    }
     for (name, url) in &endpoints.consumers {
         say(name, url);
     }

@@ -12,12 +12,26 @@ use serde_json::Value;
 use service::{Health, health, http, metrics, shutdown::Shutdown};
 
 /// Our services in compose, and the binary of each.
-const SERVICES: [(&str, &str); 5] = [
+const SERVICES: [(&str, &str); 10] = [
     ("order-api", "order-api"),
     ("cdc-relay-init", "cdc-relay"),
     ("cdc-relay", "cdc-relay"),
+    ("consumers-migrate", "consumer"),
+    ("consumers-relay-init", "cdc-relay"),
+    ("consumers-relay", "cdc-relay"),
     ("pharmacy", "consumer"),
     ("fulfillment", "consumer"),
+    ("messages", "consumer"),
+    ("acks", "consumer"),
+];
+/// Those of them that do one thing and end.
+const ONE_SHOT: [&str; 3] = ["cdc-relay-init", "consumers-migrate", "consumers-relay-init"];
+/// Consumers and the topics they read.
+const CONSUMERS: [(&str, &str); 4] = [
+    ("pharmacy", "order-events"),
+    ("fulfillment", "order-events"),
+    ("messages", "notifications"),
+    ("acks", "order-acks"),
 ];
 const BROKERS: [&str; 3] = ["kafka-1", "kafka-2", "kafka-3"];
 const PREFIXES: [&str; 3] = ["ORDER_API_", "CDC_RELAY_", "CONSUMER_"];
@@ -107,9 +121,9 @@ fn published(mapping: &str) -> (u16, u16, u16) {
     (first.parse().unwrap(), last.parse().unwrap(), container.parse().unwrap())
 }
 
-fn check_config(name: &str, environment: &[(&str, String)]) -> (Option<i32>, String) {
+fn check_config(name: &str, args: &[String], environment: &[(&str, String)]) -> (Option<i32>, String) {
     let mut command = Command::new(binary(name));
-    command.arg("--check-config").env_clear().envs(environment.iter().map(|(k, v)| (k, v)));
+    command.arg("--check-config").args(args).env_clear().envs(environment.iter().map(|(k, v)| (k, v)));
     let output = command.output().unwrap();
     (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
 }
@@ -119,7 +133,8 @@ fn every_environment_passes_its_services_own_check() {
     let model = compose();
     for (service, name) in SERVICES {
         let mut environment = environment(&model["services"][service]);
-        assert_eq!(check_config(name, &environment), (Some(0), String::new()), "{service}");
+        let command = texts(&model["services"][service]["command"]);
+        assert_eq!(check_config(name, &command, &environment), (Some(0), String::new()), "{service}");
         // A variable of another service's prefix would be ignored, not refused.
         let prefix = format!("{}_", name.replace('-', "_").to_uppercase());
         for (key, _) in &environment {
@@ -128,7 +143,7 @@ fn every_environment_passes_its_services_own_check() {
         // And the check would say so if a key were renamed.
         let unknown = format!("{prefix}POSTGRES__NO_SUCH_KEY");
         environment.push((&unknown, String::new()));
-        assert_eq!(check_config(name, &environment).0, Some(64), "{service}");
+        assert_eq!(check_config(name, &command, &environment).0, Some(64), "{service}");
     }
     let ours: BTreeSet<&str> = SERVICES.iter().map(|(service, _)| *service).collect();
     for (service, value) in services(&model).filter(|(service, _)| !ours.contains(service)) {
@@ -157,7 +172,8 @@ fn a_service_listens_where_its_port_and_its_health_check_look() {
         assert!(stage.contains(&format!("EXPOSE {inside}\n")), "{name}: {stage}");
         assert!(stage.contains(&format!("CMD [\"ready\", \"{inside}\"]")), "{name}: {stage}");
         assert!(stage.contains(&format!("ENTRYPOINT [\"/usr/local/bin/{name}\"]")), "{name}: {stage}");
-        if service == "cdc-relay-init" {
+        if ONE_SHOT.contains(&service) {
+            assert_eq!(value["restart"], "no", "{service}");
             continue;
         }
         assert_eq!(texts(&value["healthcheck"]["test"]), ["CMD", "ready", &inside.to_string()], "{service}");
@@ -169,7 +185,13 @@ fn a_service_listens_where_its_port_and_its_health_check_look() {
         assert!(last > first, "{service} cannot be scaled");
         // Outside as without containers, where the port is the default of `http.listen`.
         let usual = port(defaults(name)["http"]["listen"].as_str().unwrap());
-        assert_eq!(first, if service == "fulfillment" { usual + 1 } else { usual }, "{service}");
+        let further = match service {
+            "consumers-relay" | "fulfillment" => 1,
+            "messages" => 2,
+            "acks" => 3,
+            _ => 0,
+        };
+        assert_eq!(first, usual + further, "{service}");
     }
 }
 
@@ -225,12 +247,10 @@ fn three_brokers_hold_three_replicas_of_which_two_acknowledge() {
     }
     assert_eq!(volumes.len(), 3);
     let internal = BROKERS.map(|broker| format!("{broker}:9092")).join(",");
-    for (service, key) in [
-        ("cdc-relay", "CDC_RELAY_KAFKA__BROKERS"),
-        ("pharmacy", "CONSUMER_KAFKA__BROKERS"),
-        ("fulfillment", "CONSUMER_KAFKA__BROKERS"),
-        ("topics", "BOOTSTRAP_SERVERS"),
-    ] {
+    let relays = ["cdc-relay", "consumers-relay"].map(|relay| (relay, "CDC_RELAY_KAFKA__BROKERS"));
+    let consumers = CONSUMERS.map(|(consumer, _)| (consumer, "CONSUMER_KAFKA__BROKERS"));
+    let clients = relays.into_iter().chain(consumers).chain([("topics", "BOOTSTRAP_SERVERS")]);
+    for (service, key) in clients {
         assert_eq!(variable(&model["services"][service], key), internal, "{service}");
     }
     assert!(variable(&model["services"]["akhq"], "AKHQ_CONFIGURATION").contains(&internal));
@@ -250,16 +270,12 @@ fn topics_come_from_the_contract_and_hold_what_is_sent_and_read() {
     let template = variable(&model["services"]["cdc-relay"], "CDC_RELAY_ROUTE__TOPIC");
     let sent = template.replace("${aggregatetype}", "order");
     assert!(known.contains(sent.as_str()), "{sent} is not among {known:?}");
-    let read: Vec<String> = defaults("consumer")["kafka"]["topics"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|topic| topic.as_str().unwrap().to_owned())
-        .collect();
-    assert_eq!(read, [sent.as_str()]);
-    assert!(known.contains(format!("{sent}-dlq").as_str()));
-    for consumer in ["pharmacy", "fulfillment"] {
-        assert_eq!(variable(&model["services"][consumer], "CONSUMER_CONSUMER__HANDLER"), consumer);
+    assert_eq!(sent, "order-events");
+    for (consumer, read) in CONSUMERS {
+        let value = &model["services"][consumer];
+        assert_eq!(variable(value, "CONSUMER_CONSUMER__HANDLER"), consumer);
+        assert_eq!(variable(value, "CONSUMER_KAFKA__TOPICS"), read);
+        assert!(known.contains(read) && known.contains(format!("{read}-dlq").as_str()), "{read}");
     }
 }
 
@@ -286,7 +302,8 @@ fn every_role_and_database_is_made_by_the_scripts_that_run_first() {
         assert!(given, "{service}: postgres/local.sql gives {role} another password");
         assert!(script.contains(&format!("ensure {database} ")), "{service}: nothing makes {database}");
         let waits = texts_of_depends_on(value, "service_completed_successfully");
-        assert!(waits.iter().any(|w| w == "databases" || w == "cdc-relay-init"), "{service}: {waits:?}");
+        let waits_for = ["databases", "cdc-relay-init", "consumers-migrate", "consumers-relay-init"];
+        assert!(waits.iter().any(|w| waits_for.contains(&w.as_str())), "{service}: {waits:?}");
     }
     let databases = &model["services"]["databases"];
     assert_eq!(databases["image"], model["services"]["postgres"]["image"]);
@@ -301,6 +318,16 @@ fn every_role_and_database_is_made_by_the_scripts_that_run_first() {
     assert!(["SLOT", "PUBLICATION"].iter().all(|key| {
         model["services"]["cdc-relay"]["environment"][format!("CDC_RELAY_POSTGRES__{key}")].is_null()
     }));
+    // The second relay's is made by a migration of the consumers', in their database.
+    let publication = variable(&model["services"]["consumers-relay"], "CDC_RELAY_POSTGRES__PUBLICATION");
+    let table = table.strip_prefix("public.").unwrap();
+    let migration = read("consumer/migrations/0002_messages_and_outbox.sql");
+    assert!(migration.contains(&format!("CREATE PUBLICATION {publication} FOR TABLE {table} ")));
+    assert!(migration.contains(&format!("CREATE TABLE {table} ")));
+    assert!(script.contains("sql --dbname=consumers --file=\"$scripts/consumers.sql\""));
+    assert!(
+        read("postgres/consumers.sql").contains("GRANT CONNECT ON DATABASE consumers TO consumers_relay;")
+    );
 }
 
 fn texts_of_depends_on(service: &Value, condition: &str) -> Vec<String> {
@@ -344,6 +371,11 @@ fn what_is_waited_for_can_come_true_and_what_is_mounted_exists() {
     // An order that is written before there is a slot would never be published.
     let waits = texts_of_depends_on(&model["services"]["order-api"], "service_completed_successfully");
     assert!(waits.contains(&"cdc-relay-init".to_owned()));
+    // The same for an acknowledgement; and there is no slot before there is a publication.
+    let waits =
+        |service: &str| texts_of_depends_on(&model["services"][service], "service_completed_successfully");
+    assert!(waits("messages").contains(&"consumers-relay-init".to_owned()));
+    assert!(waits("consumers-relay-init").contains(&"consumers-migrate".to_owned()));
 }
 
 /// The images' health check against the router that every service has.

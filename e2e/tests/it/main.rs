@@ -7,6 +7,7 @@
 mod compose;
 mod flow;
 mod kills;
+mod messages;
 mod outage;
 mod stack;
 mod views;

@@ -23,8 +23,12 @@ pub(crate) struct Database {
 
 impl Database {
     pub(crate) fn of(stack: &Stack, key: &str) -> Self {
+        Self::at(&stack.url(key))
+    }
+
+    pub(crate) fn at(url: &str) -> Self {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        Self { runtime, url: stack.url(key) }
+        Self { runtime, url: url.to_owned() }
     }
 
     pub(crate) fn try_texts(&self, sql: &str) -> Result<Vec<String>, sqlx::Error> {
