@@ -104,7 +104,35 @@ impl Error {
         }
     }
 
-    fn problem(self) -> Problem {
+    /// One of each kind, for the documentation.
+    pub(crate) fn examples() -> Vec<Self> {
+        let id = || "01936d2e-7bff-7c31-b0aa-5d6e7f809101".to_owned();
+        let price = FieldError { pointer: "/items/0/price".into(), detail: "must not be negative".into() };
+        vec![
+            Self::Malformed("Expected value at line 2 column 17.".into()),
+            Self::Invalid(vec![price]),
+            Self::TooLarge(262_144),
+            Self::NotJson,
+            Self::BodyTimeout(Duration::from_secs(10)),
+            Self::BodyLost,
+            Self::BadId("An order id must be 1 to 64 characters of A-Z a-z 0-9 _ -.".into()),
+            Self::BadQuery("The parameter limit must be a whole number from 1 to 100.".into()),
+            Self::BadHeader("If-Match must be * or entity tags in double quotes, such as \"3\"."),
+            Self::NoOrder(id()),
+            Self::NoVersion(3),
+            Self::OrderExists(id()),
+            Self::State("It is delivered, which is final.".into(), Status::Delivered, 5),
+            Self::Precondition(3),
+            Self::KeyReused,
+            Self::NoRoute,
+            Self::WrongMethod,
+            Self::Unavailable(Written::Nothing),
+            Self::Internal,
+        ]
+    }
+
+    /// As it is answered.
+    pub(crate) fn problem(self) -> Problem {
         let (status, slug, title) = self.kind();
         let problem = Problem::new(status, slug, title);
         match self {

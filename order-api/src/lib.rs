@@ -12,3 +12,5 @@ mod pool;
 mod readiness;
 mod routes;
 mod store;
+
+pub use routes::document;

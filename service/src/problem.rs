@@ -81,6 +81,11 @@ impl Problem {
         self.retry_after_seconds = Some(seconds);
         self
     }
+
+    /// The `Retry-After` header, in seconds.
+    pub fn retry_after(&self) -> Option<u32> {
+        self.retry_after_seconds
+    }
 }
 
 impl IntoResponse for Problem {

@@ -2,6 +2,7 @@
 
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 use uuid::Uuid;
 
 use super::{
@@ -10,7 +11,7 @@ use super::{
 };
 
 /// An event: the envelope every one has, and what it says.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Event {
     /// Unique to the event; also the outbox row's id.
@@ -27,8 +28,8 @@ pub struct Event {
 }
 
 /// What happened.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "eventType", rename_all_fields = "camelCase")]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(tag = "eventType")]
 pub enum EventBody {
     /// It was placed.
     OrderCreated(Details),
@@ -41,6 +42,7 @@ pub enum EventBody {
         details: Details,
     },
     /// It was paid for.
+    #[serde(rename_all = "camelCase")]
     OrderConfirmed {
         /// How.
         payment_id: PaymentId,
@@ -53,7 +55,7 @@ pub enum EventBody {
 }
 
 /// What is ordered, by whom and where.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Details {
     /// Who ordered.

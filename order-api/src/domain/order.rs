@@ -3,6 +3,7 @@
 use chrono::{DateTime, Utc};
 use rust_decimal::Decimal;
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use super::{
     Amount, Currency, CustomerId, Event, EventBody, ItemName, MenuItemId, Notes, OrderId, PaymentId, Reason,
@@ -19,7 +20,7 @@ pub const MAX_VERSION: i32 = 1_000;
 pub const MAX_QUANTITY: i32 = 10_000;
 
 /// One line of an order.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Item {
     /// What was ordered.
@@ -28,7 +29,7 @@ pub struct Item {
     pub name: ItemName,
     /// Of one.
     pub price: Amount,
-    /// 1 to [`MAX_QUANTITY`].
+    /// How many, from 1.
     pub quantity: i32,
 }
 
@@ -57,7 +58,7 @@ pub struct NewOrder {
 }
 
 /// What may be done with an order next.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Status {
     /// Placed; items may still change.
@@ -108,7 +109,7 @@ impl Status {
 }
 
 /// The current state of an order, as the API answers it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Order {
     /// Which one.

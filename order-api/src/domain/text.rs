@@ -15,7 +15,7 @@ pub const MAX_NOTES_CHARS: usize = 1000;
 pub const MAX_REASON_CHARS: usize = 500;
 
 /// The longest id, in bytes (which are characters: ids are ASCII).
-const MAX_ID_BYTES: usize = 64;
+pub(crate) const MAX_ID_BYTES: usize = 64;
 
 fn is_id(text: &str) -> bool {
     (1..=MAX_ID_BYTES).contains(&text.len())

@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// The longest `Idempotency-Key`, in characters.
-const MAX_KEY_CHARS: usize = 255;
+pub(super) const MAX_KEY_CHARS: usize = 255;
 
 /// Tells that the answer is that of an earlier request with the same key.
 const REPLAYED: HeaderName = HeaderName::from_static("idempotency-replayed");

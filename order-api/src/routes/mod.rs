@@ -1,6 +1,7 @@
 //! The HTTP interface: which routes there are, and what every request passes on its way to one.
 
 mod command;
+mod docs;
 mod json;
 mod middleware;
 mod orders;
@@ -9,13 +10,11 @@ mod requests;
 
 use std::{sync::Arc, time::Duration};
 
-use axum::{
-    Router,
-    routing::{get, post, put},
-};
+use axum::Router;
 use prometheus_client::registry::Registry;
 use service::Health;
 use tower_http::catch_panic::CatchPanicLayer;
+use utoipa_axum::{router::OpenApiRouter, routes};
 
 use crate::{error::Error, metrics::Metrics, store::Store};
 
@@ -32,19 +31,31 @@ pub(crate) struct Context {
 
 /// Every route. The layers below are passed from the last to the first: measure, catch, time.
 pub(crate) fn router(context: Arc<Context>, health: Health, registry: Arc<Registry>) -> Router {
-    Router::new()
-        .route("/api/orders", post(orders::create).get(orders::list))
-        .route("/api/orders/{id}", get(orders::show).patch(orders::update))
-        .route("/api/orders/{id}/events", get(orders::events))
-        .route("/api/orders/{id}/status", put(orders::set_status))
-        .route("/api/orders/{id}/confirm", post(orders::confirm))
-        .route("/api/orders/{id}/cancel", post(orders::cancel))
+    let (api, described) = api()
         .route_layer(axum::middleware::from_fn(middleware::authenticate))
         .with_state(Arc::clone(&context))
+        .split_for_parts();
+    api.merge(docs::serve(&described))
         .merge(service::health::router(health, registry))
         .fallback(async || Error::NoRoute)
         .method_not_allowed_fallback(async || Error::WrongMethod)
         .layer(axum::middleware::from_fn_with_state(Arc::clone(&context), middleware::deadline))
         .layer(CatchPanicLayer::custom(middleware::panicked))
         .layer(axum::middleware::from_fn_with_state(context, middleware::measure))
+}
+
+/// The `OpenAPI` document, as `/openapi.json` has it.
+pub fn document() -> String {
+    docs::text(api().get_openapi())
+}
+
+/// The routes that describe themselves. What is not declared by `routes!` is not documented.
+fn api() -> OpenApiRouter<Arc<Context>> {
+    OpenApiRouter::with_openapi(docs::base())
+        .routes(routes!(orders::create, orders::list))
+        .routes(routes!(orders::show, orders::update))
+        .routes(routes!(orders::events))
+        .routes(routes!(orders::set_status))
+        .routes(routes!(orders::confirm))
+        .routes(routes!(orders::cancel))
 }

@@ -11,39 +11,57 @@ use axum::{
 use chrono::{DateTime, SubsecRound, Utc};
 use serde::Serialize;
 use service::problem::FieldError;
+use utoipa::ToSchema;
 use uuid::Uuid;
 
 use super::{
     Context,
     command::{Posted, etag},
+    docs::{Cancellation, Confirmation, Limit, StatusChange, Version},
     query::{self, Query},
     requests,
 };
 use crate::{
-    domain::{Command, Event, Order, OrderId, Refusal},
+    domain::{Command, CustomerId, Event, NewOrder, Order, OrderId, Refusal, Status, Update},
     error::Error,
     store::{Answer, Decision},
 };
 
 /// A page of orders.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct Orders {
     orders: Vec<Order>,
     /// Where the next page begins; null: there is none.
+    #[schema(required)]
     next_cursor: Option<String>,
 }
 
 /// A page of what happened to an order.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct Events {
     events: Vec<Event>,
     /// Where the next page begins; null: there is none.
+    #[schema(required)]
     next_cursor: Option<String>,
 }
 
-/// `POST /api/orders`: 201 with the order and its place, after the commit.
+/// Place an order
+#[utoipa::path(
+    post, path = "/api/orders", operation_id = "createOrder", tag = "orders",
+    request_body(content = NewOrder, example = json!({
+        "customerId": "customer-1",
+        "restaurantId": "restaurant-1",
+        "items": [{"menuItemId": "paracetamol-500", "name": "Paracetamol 500 mg", "price": "6.25", "quantity": 2}],
+        "notes": "Ring twice",
+    })),
+    responses((status = 201, description = "It is placed, for good", body = Order, headers(
+        ("Location" = String, description = "Where the order is"),
+        ("ETag" = String, description = "Its version, for If-Match"),
+    ))),
+    extensions(("x-refused" = json!(["order-exists"]))),
+)]
 pub(super) async fn create(State(context): State<Arc<Context>>, request: Request) -> Result<Answer, Error> {
     let posted = Posted::read(request, &context).await?;
     let new = requests::new_order(&posted.body)?;
@@ -61,7 +79,21 @@ pub(super) async fn create(State(context): State<Arc<Context>>, request: Request
     Ok(answer)
 }
 
-/// `PATCH /api/orders/{id}`: 200 with the order as it is then.
+/// Change what is ordered
+///
+/// A merge patch (RFC 7396). Items change only while the order is `created`, notes until it is final.
+#[utoipa::path(
+    patch, path = "/api/orders/{id}", operation_id = "updateOrder", tag = "orders",
+    params(("id" = OrderId, Path, description = "Which order")),
+    request_body(content(
+        (Update = "application/json", example = json!({"notes": "Ring once"})),
+        (Update = "application/merge-patch+json", example = json!({"notes": null})),
+    )),
+    responses((status = 200, description = "As it is now", body = Order, headers(
+        ("ETag" = String, description = "Its version, for If-Match"),
+    ))),
+    extensions(("x-refused" = json!(["order-not-found", "order-state", "version-mismatch"]))),
+)]
 pub(super) async fn update(
     State(context): State<Arc<Context>>,
     id: Result<Path<String>, PathRejection>,
@@ -70,7 +102,18 @@ pub(super) async fn update(
     carry_out(&context, id, request, requests::update).await
 }
 
-/// `PUT /api/orders/{id}/status`: 200 with the order as it is then.
+/// Move an order on
+///
+/// From `confirmed` to `preparing`, `ready` and `delivered`. It is confirmed and cancelled by routes of their own.
+#[utoipa::path(
+    put, path = "/api/orders/{id}/status", operation_id = "setOrderStatus", tag = "orders",
+    params(("id" = OrderId, Path, description = "Which order")),
+    request_body(content = StatusChange, example = json!({"status": "preparing"})),
+    responses((status = 200, description = "As it is now", body = Order, headers(
+        ("ETag" = String, description = "Its version, for If-Match"),
+    ))),
+    extensions(("x-refused" = json!(["order-not-found", "order-state", "version-mismatch"]))),
+)]
 pub(super) async fn set_status(
     State(context): State<Arc<Context>>,
     id: Result<Path<String>, PathRejection>,
@@ -79,7 +122,16 @@ pub(super) async fn set_status(
     carry_out(&context, id, request, requests::status).await
 }
 
-/// `POST /api/orders/{id}/confirm`: 200 with the order as it is then.
+/// Confirm an order: it is paid for
+#[utoipa::path(
+    post, path = "/api/orders/{id}/confirm", operation_id = "confirmOrder", tag = "orders",
+    params(("id" = OrderId, Path, description = "Which order")),
+    request_body(content = Confirmation, example = json!({"paymentId": "payment-1"})),
+    responses((status = 200, description = "As it is now", body = Order, headers(
+        ("ETag" = String, description = "Its version, for If-Match"),
+    ))),
+    extensions(("x-refused" = json!(["order-not-found", "order-state", "version-mismatch"]))),
+)]
 pub(super) async fn confirm(
     State(context): State<Arc<Context>>,
     id: Result<Path<String>, PathRejection>,
@@ -88,7 +140,16 @@ pub(super) async fn confirm(
     carry_out(&context, id, request, requests::confirm).await
 }
 
-/// `POST /api/orders/{id}/cancel`: 200 with the order as it is then.
+/// Cancel an order
+#[utoipa::path(
+    post, path = "/api/orders/{id}/cancel", operation_id = "cancelOrder", tag = "orders",
+    params(("id" = OrderId, Path, description = "Which order")),
+    request_body(content = Cancellation, example = json!({"reason": "The customer changed their mind"})),
+    responses((status = 200, description = "As it is now", body = Order, headers(
+        ("ETag" = String, description = "Its version, for If-Match"),
+    ))),
+    extensions(("x-refused" = json!(["order-not-found", "order-state", "version-mismatch"]))),
+)]
 pub(super) async fn cancel(
     State(context): State<Arc<Context>>,
     id: Result<Path<String>, PathRejection>,
@@ -119,7 +180,19 @@ async fn carry_out(
     context.store.change(&id, event_id, posted.traceparent.as_ref(), posted.key.as_ref(), decide).await
 }
 
-/// `GET /api/orders`: 200 with a page of orders, the newest first.
+/// List orders, the newest first
+#[utoipa::path(
+    get, path = "/api/orders", operation_id = "listOrders", tag = "orders",
+    params(
+        ("customer_id" = inline(CustomerId), Query, description = "Of this customer"),
+        ("status" = Vec<Status>, Query, description = "At one of these"),
+        ("created_from" = DateTime<Utc>, Query, description = "Placed then or later"),
+        ("created_to" = DateTime<Utc>, Query, description = "Placed before"),
+        ("limit" = inline(Limit), Query, description = "How many at most"),
+        ("cursor" = String, Query, description = "The nextCursor of the page before"),
+    ),
+    responses((status = 200, description = "A page of them", body = Orders)),
+)]
 pub(super) async fn list(
     State(context): State<Arc<Context>>,
     query: Query,
@@ -135,7 +208,22 @@ pub(super) async fn list(
     Ok(Json(Orders { orders, next_cursor }))
 }
 
-/// `GET /api/orders/{id}`: 200 with the order's current state, or as it was at a version; 304 if the client has it.
+/// Look at an order, as it is or as it was
+#[utoipa::path(
+    get, path = "/api/orders/{id}", operation_id = "getOrder", tag = "orders",
+    params(
+        ("id" = OrderId, Path, description = "Which order"),
+        ("at_version" = inline(Version), Query, description = "As it was at that version"),
+        ("If-None-Match" = String, Header, description = "The ETag of what the client has"),
+    ),
+    responses(
+        (status = 200, description = "The order", body = Order, headers(
+            ("ETag" = String, description = "Its version, for If-Match"),
+        )),
+        (status = 304, description = "The client has it", headers(("ETag" = String, description = "Its version"))),
+    ),
+    extensions(("x-refused" = json!(["order-not-found", "version-not-found"]))),
+)]
 pub(super) async fn show(
     State(context): State<Arc<Context>>,
     id: Result<Path<String>, PathRejection>,
@@ -160,7 +248,17 @@ pub(super) async fn show(
     Ok(answer(StatusCode::OK, &order)?.into_response())
 }
 
-/// `GET /api/orders/{id}/events`: 200 with a page of what happened to the order, from its beginning.
+/// What happened to an order, from its beginning
+#[utoipa::path(
+    get, path = "/api/orders/{id}/events", operation_id = "listOrderEvents", tag = "orders",
+    params(
+        ("id" = OrderId, Path, description = "Which order"),
+        ("limit" = inline(Limit), Query, description = "How many at most"),
+        ("cursor" = String, Query, description = "The nextCursor of the page before"),
+    ),
+    responses((status = 200, description = "A page of its events", body = Events)),
+    extensions(("x-refused" = json!(["order-not-found"]))),
+)]
 pub(super) async fn events(
     State(context): State<Arc<Context>>,
     id: Result<Path<String>, PathRejection>,

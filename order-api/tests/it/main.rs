@@ -7,6 +7,8 @@ mod commands;
 mod compatibility;
 mod contracts;
 mod create;
+mod docs;
+mod documented;
 mod gate;
 mod history;
 mod idempotency;

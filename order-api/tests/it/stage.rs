@@ -15,6 +15,8 @@ use service::{
 use sqlx::{AssertSqlSafe, Connection, PgConnection, postgres::PgConnectOptions};
 use tokio::{runtime::Runtime, task::JoinHandle};
 
+use crate::documented;
+
 pub(crate) const INIT: &str = include_str!("../../../postgres/init.sql");
 pub(crate) const LOCAL: &str = include_str!("../../../postgres/local.sql");
 
@@ -255,11 +257,13 @@ impl Client {
         } else {
             self.agent.run(request.body(body.to_owned()).unwrap())?
         };
-        Ok(Answer {
+        let answer = Answer {
             status: answer.status().as_u16(),
             headers: answer.headers().clone(),
             text: answer.body_mut().read_to_string()?,
-        })
+        };
+        documented::check(method, path, &answer);
+        Ok(answer)
     }
 
     pub(crate) fn get(&self, path: &str) -> Answer {
