@@ -48,6 +48,11 @@ impl Health {
             Readiness { ready, state: state.into(), detail };
     }
 
+    /// Whether the service can do its work.
+    pub fn is_ready(&self) -> bool {
+        self.get().ready
+    }
+
     /// The word for the state.
     pub fn state(&self) -> String {
         self.get().state

@@ -1,9 +1,11 @@
 //! What every service of this project does alike, and a user therefore sees alike: configuration, secrets,
-//! logs, HTTP, health, metrics, problem+json, who may administer, and the drain on SIGTERM. No domain types live here.
+//! logs, HTTP, health, metrics, problem+json, who may administer, the
+//! heartbeats, and the drain on SIGTERM. No domain types live here.
 
 pub mod access;
 pub mod config;
 pub mod exit;
+pub mod fleet;
 pub mod health;
 pub mod http;
 pub mod logs;

@@ -13,9 +13,9 @@ use serde::Serialize;
 pub struct Problem {
     /// A stable identifier of the kind of problem, the same for every occurrence.
     #[serde(rename = "type")]
-    pub kind: String,
+    pub kind: Box<str>,
     /// The kind in a few words.
-    pub title: String,
+    pub title: Box<str>,
     /// The HTTP status, repeated as the RFC asks.
     pub status: u16,
     /// What is wrong this time, and what to do.
@@ -44,7 +44,7 @@ impl Problem {
     /// A problem of the kind `slug` (`/problems/<slug>` is its type).
     pub fn new(status: StatusCode, slug: &str, title: &str) -> Self {
         Self {
-            kind: format!("/problems/{slug}"),
+            kind: format!("/problems/{slug}").into(),
             title: title.into(),
             status: status.as_u16(),
             detail: String::new(),
