@@ -9,11 +9,12 @@ use service::{
     http::{self, Limits},
     shutdown::Shutdown,
 };
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, sync::Semaphore};
 
 use crate::{
     chores::Chores,
     config::Config,
+    member::Member,
     metrics::{Metrics, PoolCollector},
     pool::Pool,
     readiness::Watch,
@@ -29,6 +30,7 @@ pub struct App {
     router: Router,
     watch: Watch,
     chores: Chores,
+    member: Arc<Member>,
     drain_timeout: Duration,
 }
 
@@ -56,17 +58,22 @@ pub async fn build(config: &Config) -> Result<App, Failure> {
     let context = Context {
         store,
         metrics,
+        fleet: config.fleet.clone(),
+        tokens: config.tokens()?.map(Arc::new),
+        places: Semaphore::new(config.http.max_in_flight),
+        header_limit_bytes: config.http.header_limit_bytes,
         body_limit_bytes: config.http.body_limit_bytes,
         request_timeout: config.http.request_timeout(),
     };
     let context = Arc::new(context);
     let chores = Chores { context: Arc::clone(&context), idempotency: config.idempotency.clone() };
+    let member = Member::new(&context, &health)?;
     let router = routes::router(context, health, Arc::new(registry));
     let listener = http::bind(&config.http.listen).await?;
     let address = listener
         .local_addr()
         .map_err(|e| Failure::new(Kind::Internal, format!("cannot tell the address we listen on: {e}")))?;
-    Ok(App { listener, address, router, watch, chores, drain_timeout: config.http.drain_timeout() })
+    Ok(App { listener, address, router, watch, chores, member, drain_timeout: config.http.drain_timeout() })
 }
 
 impl App {
@@ -79,7 +86,8 @@ impl App {
     pub async fn run_until_stopped(self, shutdown: Shutdown) {
         tracing::info!(address = %self.address, "listening");
         let watching = tokio::spawn(self.watch.run(shutdown.clone()));
-        let chores = self.chores.start();
+        let mut chores = self.chores.start();
+        chores.spawn(Arc::clone(&self.member).stay());
         let drain_is_over = async {
             shutdown.requested().await;
             tokio::time::sleep(self.drain_timeout).await;
@@ -93,6 +101,7 @@ impl App {
         }
         watching.abort();
         drop(chores);
+        self.member.leave().await;
         tracing::info!("stopped");
     }
 }

@@ -21,6 +21,9 @@ impl Chores {
     pub(crate) fn start(self) -> JoinSet<()> {
         let Self { context, idempotency } = self;
         let mut chores = JoinSet::new();
+        if let Some(tokens) = &context.tokens {
+            chores.spawn(Arc::clone(tokens).watch());
+        }
         chores.spawn(async move {
             let mut ticks = ticks(idempotency.clean_interval());
             loop {

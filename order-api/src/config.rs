@@ -1,10 +1,12 @@
 //! What can be configured. `config.example.toml` beside this file is the reference; a test holds it equal.
 
-use std::{str::FromStr, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
 use serde::{Deserialize, Serialize};
-use service::{Failure, Secret, logs::LogConfig};
+use service::{Failure, Secret, fleet::instance_name, logs::LogConfig};
 use sqlx::{ConnectOptions, postgres::PgConnectOptions};
+
+use crate::auth::Tokens;
 
 /// Every key with its default and what it means, as TOML.
 pub const EXAMPLE: &str = include_str!("config.example.toml");
@@ -19,8 +21,73 @@ pub struct Config {
     pub http: HttpConfig,
     /// The orders database.
     pub postgres: PostgresConfig,
+    /// Who may ask.
+    pub auth: AuthConfig,
     /// Requests that are done once.
     pub idempotency: IdempotencyConfig,
+    /// The instances of every service.
+    pub fleet: FleetConfig,
+}
+
+/// The `[fleet]` section.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct FleetConfig {
+    /// What this instance is called; empty: host name and process id.
+    pub instance: String,
+    /// How often this instance writes its own heartbeat down, in seconds (up to 3,600); 0: never.
+    pub interval_seconds: u64,
+    /// An instance that was not heard of for longer is stale, in seconds (1 to 86,400).
+    pub stale_after_seconds: u64,
+    /// An instance that was not heard of for longer is forgotten, in hours (1 to 720).
+    pub forget_after_hours: u64,
+}
+
+impl Default for FleetConfig {
+    fn default() -> Self {
+        Self {
+            instance: String::new(),
+            interval_seconds: 10,
+            stale_after_seconds: 30,
+            forget_after_hours: 24,
+        }
+    }
+}
+
+impl FleetConfig {
+    /// Nothing where this instance is not to register.
+    pub(crate) fn interval(&self) -> Option<Duration> {
+        (self.interval_seconds > 0).then(|| Duration::from_secs(self.interval_seconds))
+    }
+
+    pub(crate) fn stale_after(&self) -> Duration {
+        Duration::from_secs(self.stale_after_seconds)
+    }
+
+    pub(crate) fn forget_after(&self) -> Duration {
+        Duration::from_hours(self.forget_after_hours)
+    }
+}
+
+/// The `[auth]` section.
+#[derive(Debug, Clone, Default, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AuthConfig {
+    /// The file of the tokens' hashes; empty: nobody is asked for a token.
+    pub tokens_path: PathBuf,
+    /// Whether the service may do without tokens.
+    pub required: Required,
+}
+
+/// When tokens are asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Required {
+    /// Where others than this machine can reach the service.
+    #[default]
+    BeyondLoopback,
+    /// Never: somebody before the service asks for them.
+    Never,
 }
 
 /// The `[idempotency]` section.
@@ -57,6 +124,10 @@ pub struct HttpConfig {
     pub listen: String,
     /// The largest request body, in bytes (1 KiB to 16 MiB).
     pub body_limit_bytes: usize,
+    /// The largest request line with all header fields, in bytes (1 KiB to 60 KiB).
+    pub header_limit_bytes: usize,
+    /// The most requests to the API under way at once (1 to 1,000).
+    pub max_in_flight: usize,
     /// A request is answered by then, in milliseconds (100 to 600,000).
     pub request_timeout_ms: u64,
     /// How long requests under way may take after SIGTERM, in milliseconds; at least the request timeout.
@@ -68,6 +139,8 @@ impl Default for HttpConfig {
         Self {
             listen: "127.0.0.1:8080".into(),
             body_limit_bytes: 256 * 1024,
+            header_limit_bytes: 16 * 1024,
+            max_in_flight: 512,
             request_timeout_ms: 10_000,
             drain_timeout_ms: 15_000,
         }
@@ -119,6 +192,9 @@ impl Config {
         };
         let (http, postgres) = (&self.http, &self.postgres);
         within("http.body_limit_bytes", http.body_limit_bytes as u64, 1024, 16 * 1024 * 1024)?;
+        // The server's own bounds (`service::http`) are just above these.
+        within("http.header_limit_bytes", http.header_limit_bytes as u64, 1024, 60 * 1024)?;
+        within("http.max_in_flight", http.max_in_flight as u64, 1, 1_000)?;
         within("http.request_timeout_ms", http.request_timeout_ms, 100, 600_000)?;
         within("http.drain_timeout_ms", http.drain_timeout_ms, http.request_timeout_ms, 3_600_000)?;
         within("postgres.max_connections", postgres.max_connections.into(), 1, 1_000)?;
@@ -127,7 +203,46 @@ impl Config {
         within("postgres.check_interval_ms", postgres.check_interval_ms, 10, 60_000)?;
         within("idempotency.keep_hours", self.idempotency.keep_hours, 1, 720)?;
         within("idempotency.clean_interval_ms", self.idempotency.clean_interval_ms, 10, 3_600_000)?;
-        postgres.connect_options().map(drop)
+        let fleet = &self.fleet;
+        within("fleet.interval_seconds", fleet.interval_seconds, 0, 3_600)?;
+        within("fleet.stale_after_seconds", fleet.stale_after_seconds, 1, 86_400)?;
+        within("fleet.forget_after_hours", fleet.forget_after_hours, 1, 720)?;
+        instance_name(&fleet.instance)?;
+        postgres.connect_options().map(drop)?;
+        self.tokens().map(drop)
+    }
+
+    /// The tokens that open the API; nothing where nobody is asked for one.
+    ///
+    /// # Errors
+    /// 64: the file is wrong, or others can reach the service and there is none.
+    pub(crate) fn tokens(&self) -> Result<Option<Tokens>, Failure> {
+        let (file, required) = (&self.auth.tokens_path, self.auth.required);
+        let none = file.as_os_str().is_empty();
+        if required == Required::Never && !none {
+            let why = "auth.tokens_path is set, but auth.required is \"never\"";
+            return Err(Failure::configuration(why).hint("leave one of them out"));
+        }
+        if none && required != Required::Never && !is_loopback(&self.http.listen) {
+            let why = format!(
+                "http.listen is {}, which other machines can reach, and auth.tokens_path is not set",
+                self.http.listen
+            );
+            return Err(Failure::configuration(why).hint(
+                "make a token (`order-api token new --name NAME --scopes read,write >> tokens.toml`) and set \
+                 auth.tokens_path; or listen on 127.0.0.1; or, where a gateway before it asks for tokens, set \
+                 auth.required = \"never\"",
+            ));
+        }
+        if none { Ok(None) } else { Tokens::load(file).map(Some) }
+    }
+}
+
+/// Whether only this machine can reach what listens there.
+fn is_loopback(listen: &str) -> bool {
+    match listen.parse::<SocketAddr>() {
+        Ok(address) => address.ip().is_loopback(),
+        Err(_) => listen.rsplit_once(':').is_some_and(|(host, _)| host == "localhost"),
     }
 }
 
@@ -214,6 +329,23 @@ mod tests {
     fn each_limit_names_its_key() {
         for (key, result) in [
             ("http.body_limit_bytes", changed(|c| c.http.body_limit_bytes = 1023)),
+            ("http.header_limit_bytes", changed(|c| c.http.header_limit_bytes = 60 * 1024 + 1)),
+            ("http.max_in_flight", changed(|c| c.http.max_in_flight = 0)),
+            ("fleet.interval_seconds", changed(|c| c.fleet.interval_seconds = 3_601)),
+            ("fleet.stale_after_seconds", changed(|c| c.fleet.stale_after_seconds = 0)),
+            ("fleet.forget_after_hours", changed(|c| c.fleet.forget_after_hours = 0)),
+            ("fleet.instance", changed(|c| c.fleet.instance = "a b".into())),
+            ("auth.tokens_path", changed(|c| c.auth.tokens_path = "/none".into())),
+            ("auth.tokens_path", changed(|c| c.http.listen = "0.0.0.0:8080".into())),
+            ("auth.tokens_path", changed(|c| c.http.listen = "[::]:8080".into())),
+            ("auth.tokens_path", changed(|c| c.http.listen = "order-api.internal:8080".into())),
+            (
+                "auth.required",
+                changed(|c| {
+                    c.auth.tokens_path = "/none".into();
+                    c.auth.required = Required::Never;
+                }),
+            ),
             ("http.request_timeout_ms", changed(|c| c.http.request_timeout_ms = 99)),
             ("http.drain_timeout_ms", changed(|c| c.http.drain_timeout_ms = c.http.request_timeout_ms - 1)),
             ("postgres.max_connections", changed(|c| c.postgres.max_connections = 0)),
@@ -230,6 +362,18 @@ mod tests {
             assert!(failure.message.contains(key), "{failure}");
             assert!(!failure.to_string().contains("hunter2"), "{failure}");
         }
+    }
+
+    #[test]
+    fn without_tokens_only_this_machine_may_reach_the_service_unless_it_is_said() {
+        for listen in ["127.0.0.1:8080", "127.1.2.3:0", "[::1]:8080", "localhost:8080"] {
+            changed(|c| c.http.listen = listen.into()).unwrap();
+        }
+        changed(|c| {
+            c.http.listen = "0.0.0.0:8080".into();
+            c.auth.required = Required::Never;
+        })
+        .unwrap();
     }
 
     #[test]

@@ -3,12 +3,12 @@
 use std::time::Duration;
 
 use axum::{
-    http::StatusCode,
+    http::{HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
 use service::{Problem, problem::FieldError};
 
-use crate::domain::Status;
+use crate::{auth::Scope, domain::Status};
 
 /// Why a request is not answered with what it asked for.
 #[derive(Debug)]
@@ -43,6 +43,20 @@ pub(crate) enum Error {
     Precondition(i32),
     /// The `Idempotency-Key` was used for another request.
     KeyReused,
+    /// There are as many instances as there may be.
+    FleetFull(u32),
+    /// The request's line and header fields are beyond the limit, in bytes.
+    HeadTooLarge(usize),
+    /// The body is compressed.
+    Encoded,
+    /// As many requests are under way as there may be.
+    Overloaded,
+    /// A token is asked for, and there is none.
+    TokenMissing,
+    /// The token is none of ours.
+    TokenWrong,
+    /// The token does not allow this.
+    ScopeMissing(Scope),
     /// No such route.
     NoRoute,
     /// The route has other methods.
@@ -76,6 +90,19 @@ impl Error {
             Self::NotJson => {
                 (S::UNSUPPORTED_MEDIA_TYPE, "unsupported-media-type", "The body is not declared as JSON")
             }
+            Self::FleetFull(_) => (S::CONFLICT, "too-many-instances", "There are too many instances"),
+            Self::HeadTooLarge(_) => (
+                S::REQUEST_HEADER_FIELDS_TOO_LARGE,
+                "request-head-too-large",
+                "The request's line and headers are too large",
+            ),
+            Self::Encoded => {
+                (S::UNSUPPORTED_MEDIA_TYPE, "unsupported-content-encoding", "The body is compressed")
+            }
+            Self::Overloaded => (S::SERVICE_UNAVAILABLE, "overloaded", "Too many requests are under way"),
+            Self::TokenMissing => (S::UNAUTHORIZED, "token-missing", "A token is asked for"),
+            Self::TokenWrong => (S::UNAUTHORIZED, "token-invalid", "The token is not valid"),
+            Self::ScopeMissing(_) => (S::FORBIDDEN, "insufficient-scope", "The token does not allow this"),
             Self::BodyTimeout(_) => (S::REQUEST_TIMEOUT, "request-timeout", "The body did not come in time"),
             Self::BodyLost => (S::BAD_REQUEST, "incomplete-body", "The body did not come whole"),
             Self::BadId(_) => (S::BAD_REQUEST, "invalid-id", "The path holds no such id"),
@@ -124,6 +151,13 @@ impl Error {
             Self::State("It is delivered, which is final.".into(), Status::Delivered, 5),
             Self::Precondition(3),
             Self::KeyReused,
+            Self::FleetFull(1000),
+            Self::HeadTooLarge(16_384),
+            Self::Encoded,
+            Self::Overloaded,
+            Self::TokenMissing,
+            Self::TokenWrong,
+            Self::ScopeMissing(Scope::Write),
             Self::NoRoute,
             Self::WrongMethod,
             Self::Unavailable(Written::Nothing),
@@ -141,6 +175,22 @@ impl Error {
             Self::Invalid(errors) => problem.detail("Correct the fields listed in errors.").errors(errors),
             Self::TooLarge(limit) => problem.detail(format!("A body may have at most {limit} bytes.")),
             Self::NotJson => problem.detail("Send Content-Type: application/json."),
+            Self::FleetFull(most) => problem.detail(format!(
+                "There are {most} already. One that is silent is forgotten after fleet.forget_after_hours."
+            )),
+            Self::HeadTooLarge(limit) => {
+                problem.detail(format!("The request's line and headers may have at most {limit} bytes together."))
+            }
+            Self::Encoded => problem.detail("Send the body as it is, without Content-Encoding."),
+            Self::Overloaded => problem
+                .detail("Nothing was done. Try again later.")
+                .retry_after_seconds(RETRY_AFTER_SECONDS),
+            Self::TokenMissing | Self::TokenWrong => {
+                problem.detail("Send `Authorization: Bearer TOKEN` with a token that the operator gave you.")
+            }
+            Self::ScopeMissing(scope) => {
+                problem.detail(format!("It needs the scope {}, which the token does not have.", scope.as_str()))
+            }
             Self::BodyTimeout(limit) => {
                 problem.detail(format!("A request has {} ms. Nothing was written.", limit.as_millis()))
             }
@@ -182,6 +232,27 @@ impl Error {
 
 impl IntoResponse for Error {
     fn into_response(self) -> Response {
-        self.problem().into_response()
+        // <https://www.rfc-editor.org/rfc/rfc6750#section-3>
+        let header = match &self {
+            Self::TokenMissing => Some((header::WWW_AUTHENTICATE, "Bearer realm=\"order-api\"")),
+            Self::TokenWrong => {
+                Some((header::WWW_AUTHENTICATE, "Bearer realm=\"order-api\", error=\"invalid_token\""))
+            }
+            Self::ScopeMissing(Scope::Read) => Some((
+                header::WWW_AUTHENTICATE,
+                "Bearer realm=\"order-api\", error=\"insufficient_scope\", scope=\"read\"",
+            )),
+            Self::ScopeMissing(Scope::Write) => Some((
+                header::WWW_AUTHENTICATE,
+                "Bearer realm=\"order-api\", error=\"insufficient_scope\", scope=\"write\"",
+            )),
+            Self::Encoded => Some((header::ACCEPT_ENCODING, "identity")),
+            _ => None,
+        };
+        let mut response = self.problem().into_response();
+        if let Some((name, value)) = header {
+            response.headers_mut().insert(name, HeaderValue::from_static(value));
+        }
+        response
     }
 }

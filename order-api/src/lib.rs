@@ -2,11 +2,12 @@
 //! It never talks to Kafka; `cdc-relay` publishes what the outbox holds.
 
 pub mod app;
-mod auth;
+pub mod auth;
 mod chores;
 pub mod config;
 pub mod domain;
 mod error;
+mod member;
 mod metrics;
 mod pool;
 mod readiness;

@@ -3,7 +3,11 @@
 use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Args, Parser, Subcommand};
-use order_api::{app, config::Config};
+use order_api::{
+    app,
+    auth::{self, NewToken, Scope},
+    config::Config,
+};
 use service::{Failure, exit, exit::Kind, logs, shutdown::Shutdown};
 
 /// Takes orders over HTTP and writes each with its event and outbox row in one transaction.
@@ -45,6 +49,25 @@ enum Command {
         #[command(subcommand)]
         what: ConfigCommand,
     },
+    /// About the tokens that open the API.
+    Token {
+        #[command(subcommand)]
+        what: TokenCommand,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum TokenCommand {
+    /// Make a token. The token itself is told once, on standard error; what to append to `auth.tokens_path` goes to
+    /// standard output.
+    New {
+        /// Who it is for. Two tokens of one name are the same client.
+        #[arg(long, value_name = "NAME")]
+        name: String,
+        /// What it allows: read (GET, HEAD), write (everything else), or both.
+        #[arg(long, value_delimiter = ',', required = true)]
+        scopes: Vec<Scope>,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -73,11 +96,22 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(code) => return code,
     };
-    if let Some(Command::Config { what: ConfigCommand::Example }) = cli.command {
-        print!("{}", order_api::config::EXAMPLE);
-        return ExitCode::SUCCESS;
-    }
-    exit::report("order-api", run(&cli.serve))
+    let result = match cli.command {
+        Some(Command::Config { what: ConfigCommand::Example }) => {
+            print!("{}", order_api::config::EXAMPLE);
+            Ok(())
+        }
+        Some(Command::Token { what: TokenCommand::New { name, scopes } }) => make_token(&name, &scopes),
+        None => run(&cli.serve),
+    };
+    exit::report("order-api", result)
+}
+
+fn make_token(name: &str, scopes: &[Scope]) -> Result<(), Failure> {
+    let NewToken { token, entry } = auth::new_token(name, scopes)?;
+    eprintln!("The token of {name}, which nobody can tell again: {token}");
+    println!("{entry}");
+    Ok(())
 }
 
 fn run(serve: &Serve) -> Result<(), Failure> {

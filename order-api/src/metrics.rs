@@ -46,6 +46,10 @@ impl MetricConstructor<Histogram> for Buckets {
 pub(crate) struct Metrics {
     requests: Family<RequestLabels, Counter>,
     durations: Family<DurationLabels, Histogram, Buckets>,
+    /// Requests to the API under way.
+    pub(crate) in_flight: Gauge,
+    /// Requests refused because as many were under way as there may be.
+    pub(crate) shed: Counter<u64, AtomicU64>,
     /// Orders whose commit was acknowledged.
     pub(crate) orders_created: Counter<u64, AtomicU64>,
     /// Statements sent again because the connection was lost.
@@ -59,6 +63,8 @@ impl Metrics {
     pub(crate) fn register(registry: &mut Registry) -> Self {
         let metrics = Self {
             requests: Family::default(),
+            in_flight: Gauge::default(),
+            shed: Counter::default(),
             durations: Family::new_with_constructor(Buckets),
             orders_created: Counter::default(),
             database_retries: Counter::default(),
@@ -69,6 +75,16 @@ impl Metrics {
             "http_request_duration_seconds",
             "From the request's head to the answer's.",
             metrics.durations.clone(),
+        );
+        registry.register(
+            "http_requests_in_flight",
+            "Requests to the API under way; http.max_in_flight is the bound.",
+            metrics.in_flight.clone(),
+        );
+        registry.register(
+            "http_requests_shed",
+            "Requests refused because as many were under way as there may be.",
+            metrics.shed.clone(),
         );
         registry.register("orders_created", "Orders committed.", metrics.orders_created.clone());
         registry.register(

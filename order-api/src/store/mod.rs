@@ -1,7 +1,9 @@
 //! The orders database. What belongs together is one statement, which is a transaction of its own: one round trip.
 //!
-//! `orders.rs` writes and reads orders, `keys.rs` the answers to idempotent requests.
+//! `orders.rs` writes and reads orders, `keys.rs` the answers to idempotent requests,
+//! `instances.rs` the fleet.
 
+mod instances;
 mod keys;
 mod orders;
 
@@ -12,6 +14,7 @@ use sqlx::postgres::PgConnection;
 use tokio::time::timeout;
 
 pub(crate) use self::{
+    instances::{Heartbeat, Instance, MAX_INSTANCES},
     keys::{Answer, Key},
     orders::{Decision, Filter},
 };
@@ -25,7 +28,7 @@ const ADMIN_SHUTDOWN: &str = "57P01";
 
 /// What the schema must be able to parse.
 pub(crate) fn statements() -> impl Iterator<Item = &'static str> {
-    keys::STATEMENTS.into_iter().chain(orders::STATEMENTS)
+    keys::STATEMENTS.into_iter().chain(orders::STATEMENTS).chain(instances::STATEMENTS)
 }
 
 /// The statements, each on a connection of the pool and with a bound.

@@ -12,7 +12,7 @@ use crate::stage::{Client, PATIENCE, Stage, order};
 const JSON: (&str, &str) = ("content-type", "application/json");
 
 /// Sends bytes as they are and reads the answer to the connection's end.
-fn raw(client: &Client, request: &str) -> String {
+pub(crate) fn raw(client: &Client, request: &str) -> String {
     let mut stream = TcpStream::connect(client.address).unwrap();
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     stream.write_all(request.as_bytes()).unwrap();

@@ -3,12 +3,15 @@
 
 #![allow(clippy::unwrap_used, reason = "clippy spares test functions only, and these are their helpers")]
 
+mod access_log;
 mod commands;
 mod compatibility;
 mod contracts;
 mod create;
 mod docs;
 mod documented;
+mod door;
+mod fleet;
 mod gate;
 mod history;
 mod idempotency;
@@ -17,3 +20,4 @@ mod outage;
 mod process;
 mod schema;
 mod stage;
+mod tokens;

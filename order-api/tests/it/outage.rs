@@ -261,10 +261,10 @@ fn a_client_that_never_finishes_its_request_does_not_hold_up_the_end() {
 }
 
 /// A lock of another session on the outbox: inserts wait.
-struct Lock(sqlx::PgConnection);
+pub(crate) struct Lock(sqlx::PgConnection);
 
 impl Lock {
-    fn take(stage: &Stage) -> Self {
+    pub(crate) fn take(stage: &Stage) -> Self {
         use sqlx::Connection;
         let options = stage.superuser();
         stage.runtime.block_on(async {
@@ -277,7 +277,7 @@ impl Lock {
         })
     }
 
-    fn release(mut self, stage: &Stage) {
+    pub(crate) fn release(mut self, stage: &Stage) {
         stage.runtime.block_on(async { sqlx::raw_sql("COMMIT").execute(&mut self.0).await.unwrap() });
     }
 }

@@ -1,7 +1,7 @@
 //! The document: what the routes say of themselves, and what all of them have alike.
 
 use axum::{Router, body::Bytes, http::header::CONTENT_TYPE, routing::get};
-use serde_json::Value;
+use serde_json::{Value, json};
 use utoipa::{OpenApi, openapi::OpenApi as Described};
 
 use super::{
@@ -17,6 +17,7 @@ use super::{
     paths(live, ready, metrics, document, page::page, page::part),
     tags(
         (name = "orders", description = "Placing and following orders"),
+        (name = "fleet", description = "Which instances of which service there are"),
         (name = "operation", description = "Health, metrics and documentation"),
     ),
 )]
@@ -47,12 +48,24 @@ pub(in crate::routes) fn serve(described: &Described) -> Router {
 fn describe_alike(document: &mut Value) {
     let examples = refusals::examples();
     document["components"]["schemas"]["Problem"] = refusals::schema(&examples);
+    document["components"]["securitySchemes"]["token"] = json!({
+        "type": "http",
+        "scheme": "bearer",
+        "description": "Where the service asks for tokens: read for GET and HEAD, write for everything else.",
+    });
     let paths = document["paths"].as_object_mut().into_iter().flatten();
     for (path, item) in paths {
         for (method, operation) in item.as_object_mut().into_iter().flatten() {
             let Some(operation) = operation.as_object_mut() else { continue };
-            let refused = refusals::of(method, path, operation);
-            parameters::add(method, operation, &refused);
+            // Takes nothing but a body.
+            let plain = operation.remove("x-plain").is_some();
+            let refused = refusals::of(method, path, operation, plain);
+            if !plain {
+                parameters::add(method, operation, &refused);
+            }
+            if path.starts_with("/api/") {
+                operation.insert("security".into(), json!([{}, {"token": []}]));
+            }
             refusals::add(operation, &refused, &examples);
         }
     }

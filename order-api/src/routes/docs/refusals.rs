@@ -8,18 +8,29 @@ use serde_json::{Map, Value, json};
 use crate::error::Error;
 
 /// What any route of the API may answer.
-const ALWAYS: [&str; 2] = ["database-unavailable", "internal-error"];
+const ALWAYS: [&str; 6] = [
+    "database-unavailable",
+    "internal-error",
+    "overloaded",
+    "token-missing",
+    "token-invalid",
+    "insufficient-scope",
+];
+
+/// What any route may answer.
+const ANYWHERE: [&str; 1] = ["request-head-too-large"];
 
 /// What a route that takes an id may answer.
 const WITH_ID: [&str; 1] = ["invalid-id"];
 
 /// What a route that takes a body may answer.
-const WITH_BODY: [&str; 6] = [
+const WITH_BODY: [&str; 7] = [
     "malformed-json",
     "incomplete-body",
     "request-timeout",
     "body-too-large",
     "unsupported-media-type",
+    "unsupported-content-encoding",
     "invalid-request",
 ];
 
@@ -49,12 +60,14 @@ fn example(error: Error) -> Example {
     Example { slug, status: body["status"].as_u64().unwrap_or_default(), body, retry }
 }
 
-/// The kinds of problem of an operation: its own, which are taken out of it, and those of all like it.
-pub(super) fn of(method: &str, path: &str, operation: &mut Map<String, Value>) -> Vec<String> {
+/// The kinds of problem of an operation: its own, which are taken out of it, and those of all like it. One that is
+/// `plain` takes no headers.
+pub(super) fn of(method: &str, path: &str, operation: &mut Map<String, Value>, plain: bool) -> Vec<String> {
     let own = operation.remove(EXTENSION).unwrap_or_default();
     let mut refused: Vec<String> =
         own.as_array().into_iter().flatten().filter_map(|slug| Some(slug.as_str()?.to_owned())).collect();
     let mut also = |slugs: &[&str]| refused.extend(slugs.iter().map(|slug| (*slug).to_owned()));
+    also(&ANYWHERE);
     if !path.starts_with("/api/") {
         return refused;
     }
@@ -68,6 +81,9 @@ pub(super) fn of(method: &str, path: &str, operation: &mut Map<String, Value>) -
     let parameters = operation.get("parameters").and_then(Value::as_array);
     if parameters.into_iter().flatten().any(|parameter| parameter["in"] == "query") {
         also(&["invalid-query"]);
+    }
+    if plain {
+        return refused;
     }
     if method == "post" {
         also(&WITH_KEY);

@@ -12,7 +12,10 @@ use crate::domain::{
     MAX_PRICE, MAX_QUANTITY, MAX_REASON_CHARS, MAX_VERSION, MenuItemId, NewOrder, Notes, OrderId, PaymentId,
     Reason, RestaurantId, Update,
 };
-use crate::routes::query::{DEFAULT_LIMIT, MAX_LIMIT};
+use crate::routes::{
+    instances,
+    query::{DEFAULT_LIMIT, MAX_LIMIT},
+};
 
 /// A JSON number in a string.
 const DECIMAL: &str = r"^-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?$";
@@ -79,8 +82,21 @@ schemas! {
     };
     StatusChange, "StatusChange" => object(&["status"], json!({"status": of("Status")}));
     Confirmation, "Confirmation" => object(&["paymentId"], json!({"paymentId": of("PaymentId")}));
+    InstanceName, "InstanceName" => name("What an instance is called.", "._-");
+    Beat, "Heartbeat" => object(&["service", "version", "started", "state"], json!({
+        "service": name("Of which service it is.", "._-"),
+        "version": name("Of which version.", ".+~_-"),
+        "started": {"type": "string", "format": "date-time", "description": "By its own clock."},
+        "state": name("How it is, in one word.", "._-"),
+    }));
     Cancellation, "Cancellation" => object(&["reason"], json!({"reason": of("Reason")}));
 }
+
+/// The body of a heartbeat.
+pub(in crate::routes) struct Beat;
+
+/// What an instance is called.
+pub(in crate::routes) struct InstanceName;
 
 /// How many elements of a list are wanted.
 pub(in crate::routes) struct Limit;
@@ -101,6 +117,14 @@ fn id(about: &str) -> Value {
     json!({
         "type": "string", "minLength": 1, "maxLength": MAX_ID_BYTES, "pattern": "^[A-Za-z0-9_-]+$",
         "description": about,
+    })
+}
+
+/// Letters, digits and these characters.
+fn name(about: &str, also: &str) -> Value {
+    json!({
+        "type": "string", "minLength": 1, "maxLength": instances::MAX_CHARS,
+        "pattern": format!("^[A-Za-z0-9{also}]+$"), "description": about,
     })
 }
 
