@@ -10,7 +10,11 @@ use relay_core::{
     source,
 };
 use serde::Deserialize;
-use service::{Failure, Secret, logs::LogConfig};
+use service::{
+    Failure, Secret,
+    fleet::{self, FleetConfig},
+    logs::LogConfig,
+};
 
 use self::outbox::{CloudEventsConfig, MessagesConfig, OutboxConfig, RouteConfig};
 use crate::replication::conninfo::ConnInfo;
@@ -34,6 +38,7 @@ pub(crate) struct Config {
     pub(crate) poison: PoisonConfig,
     pub(crate) limits: LimitsConfig,
     pub(crate) http: HttpConfig,
+    pub(crate) fleet: FleetConfig,
     pub(crate) log: LogConfig,
 }
 
@@ -191,6 +196,8 @@ pub(crate) struct Settings {
     pub(crate) drain_grace: Duration,
     pub(crate) listen: String,
     pub(crate) admin_token: Secret,
+    /// Who is told of this instance.
+    pub(crate) fleet: Option<fleet::Settings>,
     pub(crate) log: LogConfig,
 }
 
@@ -265,6 +272,7 @@ impl Config {
             drain_grace: seconds("limits.drain_seconds", self.limits.drain_seconds, 0)?,
             listen: self.http.listen,
             admin_token: self.http.admin_token,
+            fleet: self.fleet.check()?,
             log: self.log,
         })
     }

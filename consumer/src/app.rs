@@ -25,9 +25,9 @@ pub(crate) struct App {
 
 impl App {
     /// Takes the port, so that health can be asked while the servers are waited for.
-    pub(crate) async fn build(settings: Settings) -> Result<Self, Failure> {
+    pub(crate) async fn build(settings: Settings, health: Health) -> Result<Self, Failure> {
         let listener = http::bind(&settings.listen).await?;
-        Ok(Self { settings, listener, health: Health::default() })
+        Ok(Self { settings, listener, health })
     }
 
     /// Runs until asked to stop, and drains.

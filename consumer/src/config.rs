@@ -3,7 +3,12 @@
 use std::{collections::BTreeMap, fmt, time::Duration};
 
 use serde::{Deserialize, Deserializer};
-use service::{Failure, Secret, config::HttpConfig, logs::LogConfig};
+use service::{
+    Failure, Secret,
+    config::HttpConfig,
+    fleet::{self, FleetConfig},
+    logs::LogConfig,
+};
 use sqlx::postgres::PgConnectOptions;
 
 use crate::{database::Database, decide::Backoff, handlers::Name};
@@ -20,6 +25,7 @@ pub(crate) struct Config {
     pub(crate) kafka: KafkaConfig,
     pub(crate) postgres: PostgresConfig,
     pub(crate) http: Http,
+    pub(crate) fleet: FleetConfig,
     pub(crate) log: Log,
 }
 
@@ -151,6 +157,8 @@ pub(crate) struct Settings {
     pub(crate) kafka: KafkaConfig,
     pub(crate) database: Database,
     pub(crate) listen: String,
+    /// Who is told of this instance.
+    pub(crate) fleet: Option<fleet::Settings>,
 }
 
 /// Every bound of the data path.
@@ -196,6 +204,7 @@ impl Config {
             kafka: check_kafka(self.kafka, handler)?,
             database: self.postgres.check()?,
             listen: self.http.0.listen,
+            fleet: self.fleet.check()?,
         })
     }
 }
@@ -330,7 +339,7 @@ mod tests {
         // Every key is in it: one that is not would not be found by a reader.
         let keys: toml::Table = toml::from_str(EXAMPLE).unwrap();
         let count: usize = keys.values().filter_map(toml::Value::as_table).map(toml::Table::len).sum();
-        assert_eq!(count, 7 + 5 + 4 + 1 + 2);
+        assert_eq!(count, 7 + 5 + 4 + 1 + 4 + 2);
     }
 
     #[test]

@@ -23,7 +23,7 @@ mod store;
 use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{Parser, Subcommand};
-use service::{Failure, exit, exit::Kind, logs, shutdown::Shutdown};
+use service::{Failure, Health, exit, exit::Kind, fleet::Fleet, logs, shutdown::Shutdown};
 
 use crate::{
     config::{Config, Settings},
@@ -119,9 +119,18 @@ enum Work {
 }
 
 impl Work {
-    async fn carry_out(self, shutdown: Shutdown) -> Result<(), Failure> {
+    /// Who is told of this instance.
+    fn fleet(&self, health: &Health) -> Fleet {
+        let Self::Consume(settings) = self else { return Fleet::default() };
+        let (service, version) = (settings.handler.as_str(), env!("CARGO_PKG_VERSION"));
+        Fleet::join(settings.fleet.clone(), service, version, health)
+    }
+
+    async fn carry_out(self, shutdown: Shutdown, health: Health) -> Result<(), Failure> {
         match self {
-            Self::Consume(settings) => app::App::build(*settings).await?.run_until_stopped(shutdown).await,
+            Self::Consume(settings) => {
+                app::App::build(*settings, health).await?.run_until_stopped(shutdown).await
+            }
             Self::Migrate(database) => tokio::select! {
                 pool = database.open("consumer-migrate", Tables::Ours) => pool.map(drop),
                 () = shutdown.requested() => {
@@ -156,11 +165,14 @@ fn run(args: &Args) -> Result<(), Failure> {
         .enable_all()
         .build()
         .map_err(|e| Failure::new(Kind::Internal, format!("cannot start the runtime: {e}")))?;
+    let health = Health::default();
+    let fleet = work.fleet(&health);
     let outcome = runtime.block_on(async {
         let (_trigger, shutdown) = Shutdown::on_signals()?;
-        work.carry_out(shutdown).await
+        work.carry_out(shutdown, health.clone()).await
     });
     // A call into librdkafka that still waits for a broker must not hold up the exit.
     runtime.shutdown_timeout(Duration::from_millis(100));
+    fleet.leave();
     outcome
 }

@@ -123,6 +123,10 @@ pub(crate) fn binary(package: &str) -> Result<PathBuf> {
 /// How to run one instance.
 pub(crate) fn spec(layout: &Layout, ports: &Ports, instance: &Instance) -> Result<Spec> {
     let listen = format!("127.0.0.1:{}", instance.port);
+    // Any instance of the API will do; the others say when it is away.
+    let api = ports.services.iter().find(|other| other.service == "order-api");
+    let fleet = api.map_or_else(String::new, |api| format!("http://127.0.0.1:{}", api.port));
+    let name = instance.name.clone();
     let (package, layer, args, env) = match instance.service {
         "order-api" => (
             "order-api",
@@ -131,11 +135,14 @@ pub(crate) fn spec(layout: &Layout, ports: &Ports, instance: &Instance) -> Resul
             vec![
                 ("ORDER_API_HTTP__LISTEN", listen),
                 ("ORDER_API_POSTGRES__URL", database(ports.postgres, "order_api", "orders")),
+                ("ORDER_API_FLEET__INSTANCE", name),
             ],
         ),
         "cdc-relay" | "consumers-relay" => {
             let mut env = relay_env(ports, instance.service);
             env.push(("CDC_RELAY_HTTP__LISTEN", listen));
+            env.push(("CDC_RELAY_FLEET__URL", fleet));
+            env.push(("CDC_RELAY_FLEET__INSTANCE", name));
             ("cdc-relay", Layer::Relay, vec!["run".into()], env)
         }
         handler => {
@@ -149,6 +156,8 @@ pub(crate) fn spec(layout: &Layout, ports: &Ports, instance: &Instance) -> Resul
                 ("CONSUMER_KAFKA__TOPICS", topic(handler).to_owned()),
                 ("CONSUMER_POSTGRES__URL", url),
                 ("CONSUMER_CONSUMER__HANDLER", handler.to_owned()),
+                ("CONSUMER_FLEET__URL", fleet),
+                ("CONSUMER_FLEET__INSTANCE", name),
                 // A static member: one that was killed has its partitions back at once, instead of after the
                 // session's time-out.
                 ("CONSUMER_KAFKA__PROPERTIES__GROUP_INSTANCE_ID", instance.name.clone()),

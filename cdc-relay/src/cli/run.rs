@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use service::{Failure, Health, access, exit::Kind, health, http, metrics, shutdown::Shutdown};
+use service::{Failure, Health, access, exit::Kind, fleet::Fleet, health, http, metrics, shutdown::Shutdown};
 
 use crate::{admin::Metrics, config::Settings, dlq, monitor, sessions, shared::Shared, wait};
 
@@ -29,6 +29,8 @@ pub(super) fn run(settings: Settings) -> Result<(), Failure> {
         postgres_stops: Arc::default(),
         redrives: Arc::default(),
     };
+    let fleet =
+        Fleet::join(shared.settings.fleet.clone(), "cdc-relay", env!("CARGO_PKG_VERSION"), &shared.health);
     let result = runtime.block_on(async {
         let listener = http::bind(&shared.settings.listen).await?;
         let mut registry = metrics::registry("cdc_relay");
@@ -71,6 +73,7 @@ pub(super) fn run(settings: Settings) -> Result<(), Failure> {
         }
     });
     runtime.shutdown_background();
+    fleet.leave();
     result
 }
 
