@@ -3,7 +3,7 @@
 
 use std::{
     sync::mpsc::{self, Receiver, RecvTimeoutError, Sender},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use chrono::{SecondsFormat, Utc};
@@ -11,6 +11,9 @@ use serde::{Deserialize, Serialize};
 use ureq::{Agent, http::Uri};
 
 use crate::{Failure, Health, Secret};
+
+/// How soon a change of state is told, and what could not be told is tried again.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How long one heartbeat may take.
 const ATTEMPT: Duration = Duration::from_secs(2);
@@ -31,7 +34,7 @@ pub struct FleetConfig {
     pub instance: String,
     /// The bearer token with the scope `write`, if the API asks for one.
     pub token: Secret,
-    /// The time between two heartbeats, in seconds (1 to 3,600).
+    /// The time between two heartbeats while nothing changes, in seconds (1 to 3,600).
     pub interval_seconds: u64,
 }
 
@@ -183,10 +186,18 @@ impl Fleet {
 
 impl Teller {
     fn run(&mut self, stopped: &Receiver<()>) {
+        let mut last: Option<(String, Instant)> = None;
         loop {
-            let told = self.tell(&self.health.state(), ATTEMPT);
-            self.note(told);
-            match stopped.recv_timeout(self.settings.interval) {
+            let state = self.health.state();
+            let known = last
+                .as_ref()
+                .is_some_and(|(told, at)| *told == state && at.elapsed() < self.settings.interval);
+            if !known {
+                let told = self.tell(&state, ATTEMPT);
+                last = told.is_ok().then(|| (state, Instant::now()));
+                self.note(told);
+            }
+            match stopped.recv_timeout(LOOK_INTERVAL) {
                 Err(RecvTimeoutError::Timeout) => {}
                 Ok(()) | Err(RecvTimeoutError::Disconnected) => break,
             }
