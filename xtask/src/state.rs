@@ -19,6 +19,8 @@ use crate::{
 
 /// How long a lock may be held by nobody in particular.
 const LOCK_LIMIT: Duration = Duration::from_secs(2);
+/// How long a supervisor that was killed may take to be gone.
+const DYING_LIMIT: Duration = Duration::from_millis(1000);
 const LOOK_INTERVAL: Duration = Duration::from_millis(10);
 
 /// What a supervisor writes down whenever something changes.
@@ -86,7 +88,7 @@ pub(crate) fn read(layout: &Layout) -> Option<State> {
 /// The state of the stack that runs; fails with what to do when none does.
 pub(crate) fn running(layout: &Layout) -> Result<State> {
     let none = || Failure::new(format!("no stack runs in {}", layout.dir.display())).hint("cargo xtask up");
-    if lock(layout)?.is_some() {
+    if lock_unless_alive_for(layout, Duration::ZERO)?.is_some() {
         return Err(none());
     }
     read(layout).ok_or_else(none)
@@ -94,17 +96,23 @@ pub(crate) fn running(layout: &Layout) -> Result<State> {
 
 /// The lock that a supervisor holds as long as it lives, however it ends; `None` if another holds it.
 pub(crate) fn lock(layout: &Layout) -> Result<Option<File>> {
+    lock_unless_alive_for(layout, DYING_LIMIT)
+}
+
+/// The lock, unless its holder lives and goes on living for so long.
+fn lock_unless_alive_for(layout: &Layout, limit: Duration) -> Result<Option<File>> {
     let path = layout.dir.join("lock");
     let file = File::create(&path).explain(|| format!("create {}", path.display()))?;
-    let until = Instant::now() + LOCK_LIMIT;
+    let since = Instant::now();
     loop {
         if flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok() {
             return Ok(Some(file));
         }
-        // A command that looks whether a stack runs holds it for a moment, and so does a supervisor that is being
-        // killed. Only one that is alive, or that has not written its state for a while, counts.
+        // A command that looks whether a stack runs holds it for a moment, and so does a supervisor that has been
+        // killed: on a busy machine it lives on a little. Only one that stays alive, or that has not written its state
+        // for a while, counts.
         let supervised = read(layout).is_some_and(|state| state.supervisor.alive());
-        if supervised || Instant::now() > until {
+        if since.elapsed() > if supervised { limit } else { LOCK_LIMIT } {
             return Ok(None);
         }
         std::thread::sleep(LOOK_INTERVAL);
