@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, fmt, time::Duration};
 
-use serde::{Deserialize, Deserializer};
+use serde::Deserialize;
 use service::{
     Failure, Secret,
     config::HttpConfig,
@@ -64,7 +64,7 @@ impl Default for ConsumerConfig {
 pub(crate) struct KafkaConfig {
     pub(crate) brokers: String,
     pub(crate) group: String,
-    #[serde(deserialize_with = "list")]
+    #[serde(deserialize_with = "service::config::list")]
     pub(crate) topics: Vec<String>,
     pub(crate) commit_interval_ms: u64,
     pub(crate) properties: BTreeMap<String, String>,
@@ -132,22 +132,6 @@ impl Default for Http {
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(transparent)]
 pub(crate) struct Log(pub(crate) LogConfig);
-
-/// A list, or (from the environment and flags) a text with commas.
-fn list<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
-    #[derive(Deserialize)]
-    #[serde(untagged)]
-    enum Written {
-        List(Vec<String>),
-        Text(String),
-    }
-    Ok(match Written::deserialize(deserializer)? {
-        Written::List(list) => list,
-        Written::Text(text) => {
-            text.split(',').map(str::trim).filter(|t| !t.is_empty()).map(str::to_owned).collect()
-        }
-    })
-}
 
 /// The configuration, checked: what the rest of the program takes.
 #[derive(Debug, Clone)]

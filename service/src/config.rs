@@ -9,7 +9,7 @@
 use std::{fmt, path::Path};
 
 use config::{Config, File, FileFormat};
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde::{Deserialize, Deserializer, Serialize, de::DeserializeOwned};
 use toml::{Table, Value};
 
 use crate::Failure;
@@ -73,6 +73,25 @@ pub fn load<T: DeserializeOwned>(
         flags,
         std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?))),
     )
+}
+
+/// Reads a list, which an environment variable or a flag gives as a text with commas: for `deserialize_with`.
+///
+/// # Errors
+/// It is neither.
+pub fn list<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Written {
+        List(Vec<String>),
+        Text(String),
+    }
+    Ok(match Written::deserialize(deserializer)? {
+        Written::List(list) => list,
+        Written::Text(text) => {
+            text.split(',').map(str::trim).filter(|item| !item.is_empty()).map(str::to_owned).collect()
+        }
+    })
 }
 
 fn load_from<T: DeserializeOwned>(

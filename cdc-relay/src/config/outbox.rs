@@ -7,7 +7,7 @@ use relay_core::{
     route::{self, TopicTemplate},
     source::{CloudEvents, Messages, Options},
 };
-use serde::{Deserialize, Deserializer};
+use serde::Deserialize;
 
 /// A table. A further one has the same keys.
 #[derive(Debug, Clone, Deserialize, PartialEq)]
@@ -24,7 +24,7 @@ pub(crate) struct OutboxConfig {
     pub(crate) partition: String,
     pub(crate) topic: String,
     pub(crate) timestamp: String,
-    #[serde(deserialize_with = "list")]
+    #[serde(deserialize_with = "service::config::list")]
     pub(crate) header_columns: Vec<String>,
     /// The table's own template; empty: `route.topic`.
     pub(crate) route: String,
@@ -43,7 +43,7 @@ pub(crate) enum UpdatesConfig {
 pub(crate) struct MessagesConfig {
     /// Empty: messages are not asked for.
     pub(crate) prefix: String,
-    #[serde(deserialize_with = "list")]
+    #[serde(deserialize_with = "service::config::list")]
     pub(crate) topics: Vec<String>,
 }
 
@@ -101,23 +101,6 @@ impl Default for RouteConfig {
     fn default() -> Self {
         Self { topic: "outbox.event.${aggregatetype}".into(), by_type: BTreeMap::new() }
     }
-}
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum ListOrText {
-    List(Vec<String>),
-    Text(String),
-}
-
-/// A list, which an environment variable gives with commas in between.
-fn list<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
-    Ok(match ListOrText::deserialize(deserializer)? {
-        ListOrText::List(list) => list,
-        ListOrText::Text(text) => {
-            text.split(',').map(str::trim).filter(|item| !item.is_empty()).map(str::to_owned).collect()
-        }
-    })
 }
 
 /// The key that is bad, and why.
