@@ -64,6 +64,7 @@ pub async fn build(config: &Config) -> Result<App, Failure> {
         header_limit_bytes: config.http.header_limit_bytes,
         body_limit_bytes: config.http.body_limit_bytes,
         request_timeout: config.http.request_timeout(),
+        messages: config.messages.clone(),
     };
     let context = Arc::new(context);
     let chores = Chores { context: Arc::clone(&context), idempotency: config.idempotency.clone() };

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use tokio::{
     task::JoinSet,
-    time::{MissedTickBehavior, interval},
+    time::{Instant, MissedTickBehavior, interval_at},
 };
 
 use crate::{config::IdempotencyConfig, routes::Context, store::Store};
@@ -24,11 +24,21 @@ impl Chores {
         if let Some(tokens) = &context.tokens {
             chores.spawn(Arc::clone(tokens).watch());
         }
+        let shared = Arc::clone(&context);
         chores.spawn(async move {
             let mut ticks = ticks(idempotency.clean_interval());
             loop {
                 ticks.tick().await;
-                forget_keys(&context.store, idempotency.keep()).await;
+                forget_keys(&shared.store, idempotency.keep()).await;
+            }
+        });
+        chores.spawn(async move {
+            let mut ticks = ticks(context.messages.redeliver_interval());
+            loop {
+                ticks.tick().await;
+                if let Err(why) = redeliver(&context).await {
+                    tracing::debug!(why, "cannot look after messages");
+                }
             }
         });
         chores
@@ -36,7 +46,7 @@ impl Chores {
 }
 
 fn ticks(every: Duration) -> tokio::time::Interval {
-    let mut ticks = interval(every);
+    let mut ticks = interval_at(Instant::now() + every, every);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     ticks
 }
@@ -53,4 +63,29 @@ async fn forget_keys(store: &Store, older_than: Duration) {
             }
         }
     }
+}
+
+/// Puts messages whose time is up in the outbox again, or gives them up, and counts what there is then.
+async fn redeliver(context: &Context) -> Result<(), String> {
+    let Context { store, metrics, messages, .. } = context;
+    loop {
+        let count = store.redeliver_due(messages.max_attempts).await?;
+        metrics.messages_redelivered.inc_by(count);
+        if count == 0 {
+            break;
+        }
+        tracing::info!(count, "put messages in the outbox again that were not acknowledged in time");
+    }
+    loop {
+        let count = store.give_up_due(messages.max_attempts).await?;
+        metrics.messages_given_up.inc_by(count);
+        if count == 0 {
+            break;
+        }
+        tracing::warn!(count, "messages are undelivered: see GET /api/messages?state=undelivered");
+    }
+    let (waiting, undelivered) = store.count_messages().await?;
+    metrics.messages_waiting.set(waiting);
+    metrics.messages_undelivered.set(undelivered);
+    Ok(())
 }

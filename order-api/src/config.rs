@@ -6,7 +6,10 @@ use serde::{Deserialize, Serialize};
 use service::{Failure, Secret, fleet::instance_name, logs::LogConfig};
 use sqlx::{ConnectOptions, postgres::PgConnectOptions};
 
-use crate::auth::Tokens;
+use crate::{
+    auth::Tokens,
+    domain::{KafkaName, MAX_ACK_TIMEOUT_SECONDS},
+};
 
 /// Every key with its default and what it means, as TOML.
 pub const EXAMPLE: &str = include_str!("config.example.toml");
@@ -27,6 +30,48 @@ pub struct Config {
     pub idempotency: IdempotencyConfig,
     /// The instances of every service.
     pub fleet: FleetConfig,
+    /// Messages of clients.
+    pub messages: MessagesConfig,
+}
+
+/// The `[messages]` section.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MessagesConfig {
+    /// The topics that clients may send to; none: no message is taken.
+    #[serde(deserialize_with = "service::config::list")]
+    pub topics: Vec<String>,
+    /// How long a message waits for acknowledgements if its client does not say, in seconds (1 to 86,400).
+    pub ack_timeout_seconds: i32,
+    /// How often a message is tried before it is given up (1 to 100).
+    pub max_attempts: i32,
+    /// How often we look for messages whose time is up, in milliseconds (10 to 60,000).
+    pub redeliver_interval_ms: u64,
+}
+
+impl Default for MessagesConfig {
+    fn default() -> Self {
+        Self { topics: Vec::new(), ack_timeout_seconds: 30, max_attempts: 5, redeliver_interval_ms: 1_000 }
+    }
+}
+
+impl MessagesConfig {
+    pub(crate) fn redeliver_interval(&self) -> Duration {
+        Duration::from_millis(self.redeliver_interval_ms)
+    }
+
+    fn check_topics(&self) -> Result<(), Failure> {
+        for topic in &self.topics {
+            let wrong = |what: &str| {
+                Failure::configuration(format!("messages.topics holds {topic:?}, but a topic {what}"))
+            };
+            KafkaName::parse(topic).map_err(|what| wrong(&what))?;
+            if topic.chars().all(|c| c == '.') {
+                return Err(wrong("must not be of dots alone"));
+            }
+        }
+        Ok(())
+    }
 }
 
 /// The `[fleet]` section.
@@ -203,6 +248,14 @@ impl Config {
         within("postgres.check_interval_ms", postgres.check_interval_ms, 10, 60_000)?;
         within("idempotency.keep_hours", self.idempotency.keep_hours, 1, 720)?;
         within("idempotency.clean_interval_ms", self.idempotency.clean_interval_ms, 10, 3_600_000)?;
+        let messages = &self.messages;
+        // What is negative is below 1, too.
+        let count = |value: i32| u64::try_from(value).unwrap_or_default();
+        let longest = count(MAX_ACK_TIMEOUT_SECONDS);
+        within("messages.ack_timeout_seconds", count(messages.ack_timeout_seconds), 1, longest)?;
+        within("messages.max_attempts", count(messages.max_attempts), 1, 100)?;
+        within("messages.redeliver_interval_ms", messages.redeliver_interval_ms, 10, 60_000)?;
+        messages.check_topics()?;
         let fleet = &self.fleet;
         within("fleet.interval_seconds", fleet.interval_seconds, 0, 3_600)?;
         within("fleet.stale_after_seconds", fleet.stale_after_seconds, 1, 86_400)?;
@@ -354,6 +407,11 @@ mod tests {
             ("postgres.check_interval_ms", changed(|c| c.postgres.check_interval_ms = 9)),
             ("idempotency.keep_hours", changed(|c| c.idempotency.keep_hours = 0)),
             ("idempotency.clean_interval_ms", changed(|c| c.idempotency.clean_interval_ms = 9)),
+            ("messages.topics", changed(|c| c.messages.topics = vec!["a".into(), "b c".into()])),
+            ("messages.topics", changed(|c| c.messages.topics = vec!["..".into()])),
+            ("messages.ack_timeout_seconds", changed(|c| c.messages.ack_timeout_seconds = 86_401)),
+            ("messages.max_attempts", changed(|c| c.messages.max_attempts = 0)),
+            ("messages.redeliver_interval_ms", changed(|c| c.messages.redeliver_interval_ms = 9)),
             ("postgres.url", changed(|c| c.postgres.url = Secret::new("mysql://x:hunter2@y/z"))),
             ("postgres.url", changed(|c| c.postgres.url = Secret::new("postgres://x:hunter2@y:port/z"))),
         ] {

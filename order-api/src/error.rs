@@ -39,6 +39,10 @@ pub(crate) enum Error {
     OrderExists(String),
     /// The order's state does not allow it: why, and the state.
     State(String, Status, i32),
+    /// No such message.
+    NoMessage(String),
+    /// The message is not put in the outbox again: why.
+    MessageSettled(&'static str),
     /// The order is at another version than `If-Match` asks for: at this one.
     Precondition(i32),
     /// The `Idempotency-Key` was used for another request.
@@ -112,6 +116,10 @@ impl Error {
             Self::NoVersion(_) => (S::NOT_FOUND, "version-not-found", "No such version of the order"),
             Self::OrderExists(_) => (S::CONFLICT, "order-exists", "There is such an order already"),
             Self::State(..) => (S::CONFLICT, "order-state", "The order's state does not allow this"),
+            Self::NoMessage(_) => (S::NOT_FOUND, "message-not-found", "No such message"),
+            Self::MessageSettled(_) => {
+                (S::CONFLICT, "message-settled", "The message is not to be delivered again")
+            }
             Self::Precondition(_) => {
                 (S::PRECONDITION_FAILED, "version-mismatch", "The order is at another version")
             }
@@ -149,6 +157,8 @@ impl Error {
             Self::NoVersion(3),
             Self::OrderExists(id()),
             Self::State("It is delivered, which is final.".into(), Status::Delivered, 5),
+            Self::NoMessage(id()),
+            Self::MessageSettled("Every consumer group it waits for has acknowledged it."),
             Self::Precondition(3),
             Self::KeyReused,
             Self::FleetFull(1000),
@@ -171,7 +181,7 @@ impl Error {
         let problem = Problem::new(status, slug, title);
         match self {
             Self::Malformed(detail) | Self::BadId(detail) | Self::BadQuery(detail) => problem.detail(detail),
-            Self::BadHeader(detail) => problem.detail(detail),
+            Self::BadHeader(detail) | Self::MessageSettled(detail) => problem.detail(detail),
             Self::Invalid(errors) => problem.detail("Correct the fields listed in errors.").errors(errors),
             Self::TooLarge(limit) => problem.detail(format!("A body may have at most {limit} bytes.")),
             Self::NotJson => problem.detail("Send Content-Type: application/json."),
@@ -196,6 +206,7 @@ impl Error {
             }
             Self::BodyLost => problem.detail("The connection failed before its end."),
             Self::NoOrder(id) => problem.detail(format!("There is no order {id}.")),
+            Self::NoMessage(id) => problem.detail(format!("There is no message {id}.")),
             Self::NoVersion(last) => {
                 problem.detail(format!("The order is at version {last}.")).with("currentVersion", last)
             }

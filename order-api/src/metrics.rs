@@ -15,7 +15,7 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use crate::pool::Pool;
+use crate::{pool::Pool, store::MAX_COUNT};
 
 /// Which requests.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -52,6 +52,16 @@ pub(crate) struct Metrics {
     pub(crate) shed: Counter<u64, AtomicU64>,
     /// Orders whose commit was acknowledged.
     pub(crate) orders_created: Counter<u64, AtomicU64>,
+    /// Messages whose commit was acknowledged.
+    pub(crate) messages_sent: Counter<u64, AtomicU64>,
+    /// Messages that this instance put in the outbox again.
+    pub(crate) messages_redelivered: Counter<u64, AtomicU64>,
+    /// Messages that this instance gave up.
+    pub(crate) messages_given_up: Counter<u64, AtomicU64>,
+    /// Messages that wait for acknowledgements, of all instances.
+    pub(crate) messages_waiting: Gauge,
+    /// Messages that are given up, of all instances.
+    pub(crate) messages_undelivered: Gauge,
     /// Statements sent again because the connection was lost.
     pub(crate) database_retries: Counter<u64, AtomicU64>,
     /// 1 while the database serves us, else 0.
@@ -67,6 +77,11 @@ impl Metrics {
             shed: Counter::default(),
             durations: Family::new_with_constructor(Buckets),
             orders_created: Counter::default(),
+            messages_sent: Counter::default(),
+            messages_redelivered: Counter::default(),
+            messages_given_up: Counter::default(),
+            messages_waiting: Gauge::default(),
+            messages_undelivered: Gauge::default(),
             database_retries: Counter::default(),
             database_up: Gauge::default(),
         };
@@ -87,6 +102,7 @@ impl Metrics {
             metrics.shed.clone(),
         );
         registry.register("orders_created", "Orders committed.", metrics.orders_created.clone());
+        metrics.register_messages(registry);
         registry.register(
             "database_retries",
             "Statements sent again on another connection because theirs was lost.",
@@ -98,6 +114,23 @@ impl Metrics {
             metrics.database_up.clone(),
         );
         metrics
+    }
+
+    fn register_messages(&self, registry: &mut Registry) {
+        for (name, help, counter) in [
+            ("messages_sent", "Messages committed.", &self.messages_sent),
+            ("messages_redelivered", "Messages put in the outbox again.", &self.messages_redelivered),
+            ("messages_given_up", "Messages given up after their last attempt.", &self.messages_given_up),
+        ] {
+            registry.register(name, help, counter.clone());
+        }
+        for (name, help, gauge) in [
+            ("messages_waiting", "Messages that wait for acknowledgements", &self.messages_waiting),
+            ("messages_undelivered", "Messages that were given up and are still", &self.messages_undelivered),
+        ] {
+            let help = format!("{help}, in the whole database, counted up to {MAX_COUNT}.");
+            registry.register(name, help, gauge.clone());
+        }
     }
 
     /// Counts an answer that took that long.

@@ -136,6 +136,7 @@ pub(crate) fn spec(layout: &Layout, ports: &Ports, instance: &Instance) -> Resul
                 ("ORDER_API_HTTP__LISTEN", listen),
                 ("ORDER_API_POSTGRES__URL", database(ports.postgres, "order_api", "orders")),
                 ("ORDER_API_FLEET__INSTANCE", name),
+                ("ORDER_API_MESSAGES__TOPICS", "notifications".to_owned()),
             ],
         ),
         "cdc-relay" | "consumers-relay" => {

@@ -14,6 +14,9 @@ pub const MAX_NOTES_CHARS: usize = 1000;
 /// The longest reason for a cancellation, in characters.
 pub const MAX_REASON_CHARS: usize = 500;
 
+/// The longest key of a message, in characters.
+pub const MAX_MESSAGE_KEY_CHARS: usize = 512;
+
 /// The longest id, in bytes (which are characters: ids are ASCII).
 pub(crate) const MAX_ID_BYTES: usize = 64;
 
@@ -149,6 +152,8 @@ texts! {
     Notes: MAX_NOTES_CHARS, LINE_BREAKS;
     /// Why an order was called off: not blank, lines and tabs allowed.
     Reason: MAX_REASON_CHARS, LINE_BREAKS;
+    /// What keeps messages in order among each other, the record's key: not blank, no control characters.
+    MessageKey: MAX_MESSAGE_KEY_CHARS, [] as [char; 0];
 }
 
 /// A valid W3C `traceparent`, as it came.

@@ -5,6 +5,7 @@ use axum::{
     http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
+use chrono::{DateTime, SubsecRound, Utc};
 use sha2::{Digest, Sha256};
 
 use super::{Context, json};
@@ -38,13 +39,28 @@ impl Posted {
     /// # Errors
     /// What is wrong with the body or a header.
     pub(super) async fn read(request: Request, context: &Context) -> Result<Self, Error> {
+        Self::read_by(request, async |request| json::read(request, context).await).await
+    }
+
+    /// The same of a request that may have no body.
+    ///
+    /// # Errors
+    /// What is wrong with the body or a header.
+    pub(super) async fn read_optional(request: Request, context: &Context) -> Result<Self, Error> {
+        Self::read_by(request, async |request| json::read_optional(request, context).await).await
+    }
+
+    async fn read_by(
+        request: Request,
+        read: impl AsyncFnOnce(Request) -> Result<String, Error>,
+    ) -> Result<Self, Error> {
         let headers = request.headers();
         let precondition = Precondition::of(headers)?;
         let traceparent = traceparent(headers);
         let wanted = if request.method() == axum::http::Method::POST { key(headers)? } else { None };
         let target = format!("{} {}", request.method(), request.uri().path());
         let client = request.extensions().get::<Client>().cloned().unwrap_or_default();
-        let body = json::read(request, context).await?;
+        let body = read(request).await?;
         let key = wanted.map(|name| {
             let fingerprint =
                 Sha256::new().chain_update(&target).chain_update([0]).chain_update(&body).finalize();
@@ -124,6 +140,11 @@ impl Precondition {
             _ => Ok(()),
         }
     }
+}
+
+/// Postgres keeps microseconds: what is answered now is what is read later.
+pub(super) fn now() -> DateTime<Utc> {
+    Utc::now().trunc_subsecs(6)
 }
 
 /// An order's entity tag: its version.

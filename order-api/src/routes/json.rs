@@ -30,10 +30,30 @@ const MAX_NAME_CHARS: usize = 100;
 
 /// The body as text, once it is known to be one JSON value.
 pub(super) async fn read(request: Request, context: &Context) -> Result<String, Error> {
-    let (limit_bytes, timeout) = (context.body_limit_bytes, context.request_timeout);
     if !is_json(request.headers()) {
         return Err(Error::NotJson);
     }
+    check(text(request, context).await?)
+}
+
+/// The same, but there may be no body: then the text is empty, whatever it is declared as.
+pub(super) async fn read_optional(request: Request, context: &Context) -> Result<String, Error> {
+    let is_json = is_json(request.headers());
+    match text(request, context).await? {
+        none if none.is_empty() => Ok(none),
+        _ if !is_json => Err(Error::NotJson),
+        text => check(text),
+    }
+}
+
+fn check(text: String) -> Result<String, Error> {
+    // The parser's messages end with the line and the column.
+    serde_json::from_str::<&RawValue>(&text).map_err(|e| Error::Malformed(sentence(&e)))?;
+    Ok(text)
+}
+
+async fn text(request: Request, context: &Context) -> Result<String, Error> {
+    let (limit_bytes, timeout) = (context.body_limit_bytes, context.request_timeout);
     let declared = request.headers().get(header::CONTENT_LENGTH);
     let declared = declared.and_then(|v| v.to_str().ok()).and_then(|v| v.parse::<u64>().ok());
     if declared.is_some_and(|bytes| bytes > limit_bytes as u64) {
@@ -47,11 +67,8 @@ pub(super) async fn read(request: Request, context: &Context) -> Result<String, 
         Ok(Err(_)) => return Err(Error::BodyLost),
         Ok(Ok(body)) => body,
     };
-    let text = String::from_utf8(body.into())
-        .map_err(|e| Error::Malformed(format!("Not UTF-8 from byte {} on.", e.utf8_error().valid_up_to())))?;
-    // The parser's messages end with the line and the column.
-    serde_json::from_str::<&RawValue>(&text).map_err(|e| Error::Malformed(sentence(&e)))?;
-    Ok(text)
+    String::from_utf8(body.into())
+        .map_err(|e| Error::Malformed(format!("Not UTF-8 from byte {} on.", e.utf8_error().valid_up_to())))
 }
 
 fn is_json(headers: &HeaderMap) -> bool {
@@ -106,7 +123,7 @@ impl Errors {
 #[derive(Debug)]
 pub(super) struct Field<'a> {
     pub(super) pointer: String,
-    raw: &'a RawValue,
+    pub(super) raw: &'a RawValue,
 }
 
 impl<'a> Field<'a> {
@@ -118,6 +135,19 @@ impl<'a> Field<'a> {
 
     /// Its members, of which `known` are the names there may be.
     pub(super) fn object(&self, known: &'static [&'static str], errors: &mut Errors) -> Option<Object<'a>> {
+        let object = self.any_object(errors)?;
+        for (index, (name, _)) in object.members.iter().enumerate() {
+            let twice = object.members[..index].iter().any(|(earlier, _)| earlier == name);
+            if !twice && !known.contains(&name.as_str()) {
+                let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+                errors.add(self.member(name), format!("unknown field; known are {known}"));
+            }
+        }
+        Some(object)
+    }
+
+    /// Its members, whatever their names are.
+    pub(super) fn any_object(&self, errors: &mut Errors) -> Option<Object<'a>> {
         if !self.raw.get().starts_with('{') {
             errors.add(&self.pointer, "must be an object");
             return None;
@@ -133,11 +163,8 @@ impl<'a> Field<'a> {
             errors.add(&self.pointer, format!("has more than {MAX_MEMBERS} fields"));
         }
         for (index, (name, _)) in members.kept.iter().enumerate() {
-            let twice = members.kept[..index].iter().any(|(earlier, _)| earlier == name);
-            if twice {
+            if members.kept[..index].iter().any(|(earlier, _)| earlier == name) {
                 errors.add(self.member(name), "is given more than once");
-            } else if !known.contains(&name.as_str()) {
-                errors.add(self.member(name), format!("unknown field; known are {}", known.join(", ")));
             }
         }
         Some(Object { pointer: self.pointer.clone(), members: members.kept })
@@ -149,8 +176,7 @@ impl<'a> Field<'a> {
     }
 
     fn member(&self, name: &str) -> String {
-        let name: String = name.chars().take(MAX_NAME_CHARS).collect();
-        format!("{}/{}", self.pointer, name.replace('~', "~0").replace('/', "~1"))
+        member(&self.pointer, name)
     }
 
     /// Its elements, of which there must be 1 to `most`.
@@ -208,6 +234,12 @@ impl<'a> Field<'a> {
     }
 }
 
+/// Where a member of an object is.
+fn member(object: &str, name: &str) -> String {
+    let name: String = name.chars().take(MAX_NAME_CHARS).collect();
+    format!("{object}/{}", name.replace('~', "~0").replace('/', "~1"))
+}
+
 /// An object whose unknown members have been told.
 #[derive(Debug)]
 pub(super) struct Object<'a> {
@@ -220,6 +252,13 @@ impl<'a> Object<'a> {
     pub(super) fn given(&self, name: &str) -> Option<Field<'a>> {
         let (_, raw) = self.members.iter().find(|(n, _)| n == name)?;
         Some(Field { pointer: format!("{}/{name}", self.pointer), raw })
+    }
+
+    /// All members and their names.
+    pub(super) fn all(&self) -> impl ExactSizeIterator<Item = (&str, Field<'a>)> {
+        self.members
+            .iter()
+            .map(|(name, raw)| (name.as_str(), Field { pointer: member(&self.pointer, name), raw }))
     }
 
     /// The member of that name; null is the same as none.

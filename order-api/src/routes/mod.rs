@@ -4,6 +4,7 @@ mod command;
 mod docs;
 mod instances;
 mod json;
+mod messages;
 mod middleware;
 mod orders;
 mod query;
@@ -22,7 +23,13 @@ use tower_http::{
 };
 use utoipa_axum::{router::OpenApiRouter, routes};
 
-use crate::{auth::Tokens, config::FleetConfig, error::Error, metrics::Metrics, store::Store};
+use crate::{
+    auth::Tokens,
+    config::{FleetConfig, MessagesConfig},
+    error::Error,
+    metrics::Metrics,
+    store::Store,
+};
 
 /// What every handler shares.
 #[derive(Debug)]
@@ -40,6 +47,8 @@ pub(crate) struct Context {
     pub(crate) body_limit_bytes: usize,
     /// A request is answered by then.
     pub(crate) request_timeout: Duration,
+    /// Which messages are taken.
+    pub(crate) messages: MessagesConfig,
 }
 
 /// Smaller answers would hardly become smaller.
@@ -82,4 +91,8 @@ fn api() -> OpenApiRouter<Arc<Context>> {
         .routes(routes!(orders::cancel))
         .routes(routes!(instances::list))
         .routes(routes!(instances::heartbeat))
+        .routes(routes!(messages::send, messages::list))
+        .routes(routes!(messages::send_short))
+        .routes(routes!(messages::show))
+        .routes(routes!(messages::redeliver))
 }

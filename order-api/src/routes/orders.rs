@@ -8,7 +8,6 @@ use axum::{
     http::{HeaderMap, StatusCode, header},
     response::{IntoResponse, Response},
 };
-use chrono::{DateTime, SubsecRound, Utc};
 use serde::Serialize;
 use service::problem::FieldError;
 use utoipa::ToSchema;
@@ -16,7 +15,7 @@ use uuid::Uuid;
 
 use super::{
     Context,
-    command::{Posted, etag},
+    command::{Posted, etag, now},
     docs::{Cancellation, Confirmation, Limit, StatusChange, Version},
     query::{self, Query},
     requests,
@@ -198,13 +197,8 @@ pub(super) async fn list(
     query: Query,
 ) -> Result<impl IntoResponse, Error> {
     let (filter, limit) = query.orders()?;
-    let mut orders = context.store.list(&filter, limit + 1).await?;
-    let more = i64::try_from(orders.len()).is_ok_and(|count| count > limit);
-    if more {
-        orders.pop();
-    }
-    let last = orders.last().filter(|_| more);
-    let next_cursor = last.map(|order| query::after_order(&filter, order));
+    let orders = context.store.list(&filter, limit + 1).await?;
+    let (orders, next_cursor) = query::page(orders, limit, |order| query::after_order(&filter, order));
     Ok(Json(Orders { orders, next_cursor }))
 }
 
@@ -266,22 +260,12 @@ pub(super) async fn events(
 ) -> Result<impl IntoResponse, Error> {
     let id = order_id(id)?;
     let (after, limit) = query.events()?;
-    let mut events = context.store.events(&id, after, limit + 1).await?;
+    let events = context.store.events(&id, after, limit + 1).await?;
     if events.is_empty() && context.store.find(&id).await?.is_none() {
         return Err(Error::NoOrder(id.to_string()));
     }
-    let more = i64::try_from(events.len()).is_ok_and(|count| count > limit);
-    if more {
-        events.pop();
-    }
-    let last = events.last().filter(|_| more);
-    let next_cursor = last.map(|event| query::after_version(event.version));
+    let (events, next_cursor) = query::page(events, limit, |event| query::after_version(event.version));
     Ok(Json(Events { events, next_cursor }))
-}
-
-/// Postgres keeps microseconds: what is answered now is what is read later.
-fn now() -> DateTime<Utc> {
-    Utc::now().trunc_subsecs(6)
 }
 
 fn answer(status: StatusCode, order: &Order) -> Result<Answer, Error> {

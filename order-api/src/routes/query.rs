@@ -9,11 +9,12 @@ use axum::{
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use chrono::{DateTime, Utc};
 use sha2::{Digest, Sha256};
+use uuid::Uuid;
 
 use crate::{
-    domain::{CustomerId, MAX_VERSION, Order, OrderId, Status},
+    domain::{CustomerId, MAX_VERSION, Message, MessageState, Order, OrderId, Status},
     error::Error,
-    store::Filter,
+    store::{Filter, MessageFilter},
 };
 
 /// The most elements of a page.
@@ -54,6 +55,23 @@ impl Query {
         };
         if let Some(cursor) = self.one("cursor") {
             filter.after = Some(order_after(&filter, cursor).ok_or_else(wrong_cursor)?);
+        }
+        Ok((filter, self.limit()?))
+    }
+
+    /// Of `GET /api/messages`: which messages, and how many at most.
+    ///
+    /// # Errors
+    /// Which parameter is wrong.
+    pub(super) fn messages(&self) -> Result<(MessageFilter, i64), Error> {
+        self.known(&["state", "limit", "cursor"], &["state"])?;
+        let states = self.0.iter().filter(|(name, _)| name == "state").map(|(_, text)| {
+            MessageState::parse(text)
+                .ok_or_else(|| bad("state", "must be a state of messages, such as undelivered"))
+        });
+        let mut filter = MessageFilter { states: states.collect::<Result<_, _>>()?, after: None };
+        if let Some(cursor) = self.one("cursor") {
+            filter.after = Some(message_after(&filter, cursor).ok_or_else(wrong_cursor)?);
         }
         Ok((filter, self.limit()?))
     }
@@ -130,6 +148,19 @@ fn instant(text: &str) -> Result<DateTime<Utc>, String> {
     })
 }
 
+/// The first `limit` of the elements and, if there are more, the cursor behind the last of them.
+pub(super) fn page<T>(
+    mut elements: Vec<T>,
+    limit: i64,
+    cursor: impl FnOnce(&T) -> String,
+) -> (Vec<T>, Option<String>) {
+    let limit = usize::try_from(limit).unwrap_or_default();
+    let more = elements.len() > limit;
+    elements.truncate(limit);
+    let next_cursor = elements.last().filter(|_| more).map(cursor);
+    (elements, next_cursor)
+}
+
 /// The cursor behind an order in the list.
 pub(super) fn after_order(filter: &Filter, order: &Order) -> String {
     let micros = order.created_at.timestamp_micros();
@@ -146,14 +177,29 @@ fn order_after(filter: &Filter, cursor: &str) -> Option<(DateTime<Utc>, OrderId)
     kept.then_some((time, OrderId::parse(id).ok()?))
 }
 
-/// Tells filters apart, so that a cursor is not used with others than its own.
 fn mark(filter: &Filter) -> String {
     let Filter { customer_id, statuses, created_from, created_to, after: _ } = filter;
-    let digest = Sha256::digest(format!("{customer_id:?} {statuses:?} {created_from:?} {created_to:?}"));
-    digest.iter().take(4).fold(String::new(), |mut hex, byte| {
+    mark_of(&format!("{customer_id:?} {statuses:?} {created_from:?} {created_to:?}"))
+}
+
+/// Tells filters apart, so that a cursor is not used with others than its own.
+fn mark_of(filter: &str) -> String {
+    Sha256::digest(filter).iter().take(4).fold(String::new(), |mut hex, byte| {
         let _ = write!(hex, "{byte:02x}");
         hex
     })
+}
+
+/// The cursor behind a message in the list.
+pub(super) fn after_message(filter: &MessageFilter, message: &Message) -> String {
+    let mark = mark_of(&format!("{:?}", filter.states));
+    URL_SAFE_NO_PAD.encode(format!("{mark} {}", message.message_id))
+}
+
+fn message_after(filter: &MessageFilter, cursor: &str) -> Option<Uuid> {
+    let text = String::from_utf8(URL_SAFE_NO_PAD.decode(cursor).ok()?).ok()?;
+    let (mark, id) = text.split_once(' ')?;
+    (mark == mark_of(&format!("{:?}", filter.states))).then(|| id.parse().ok())?
 }
 
 /// The cursor behind an event of an order.

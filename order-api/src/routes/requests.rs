@@ -114,7 +114,10 @@ pub(super) fn cancel(body: &str) -> Result<Command, Error> {
 }
 
 /// A body that is one object with these members.
-fn one<T>(
+///
+/// # Errors
+/// Every field that is wrong, by its pointer.
+pub(super) fn one<T>(
     body: &str,
     known: &'static [&'static str],
     parse: impl FnOnce(&Object<'_>, &mut Errors) -> Option<T>,
@@ -140,18 +143,20 @@ fn item(field: &Field<'_>, currency: Option<&Currency>, errors: &mut Errors) -> 
     let price = object
         .required("price", errors)
         .and_then(|f| f.number(true, errors, |text| Amount::price(parse_decimal(text)?, currency)));
-    let quantity = object.required("quantity", errors).and_then(|f| f.number(false, errors, quantity));
+    let quantity = object
+        .required("quantity", errors)
+        .and_then(|f| f.number(false, errors, |text| whole(text, MAX_QUANTITY)));
     Some(Item { menu_item_id: menu_item_id?, name: name?, price: price?, quantity: quantity? })
 }
 
-/// A whole number: `2` and, as JSON Schema has it, `2.0`.
-fn quantity(text: &str) -> Result<i32, String> {
+/// A whole number from 1 on: `2` and, as JSON Schema has it, `2.0`.
+pub(super) fn whole(text: &str, most: i32) -> Result<i32, String> {
     let value = parse_decimal(text)?;
-    let wanted = || format!("must be a whole number from 1 to {MAX_QUANTITY}");
+    let wanted = || format!("must be a whole number from 1 to {most}");
     if !value.is_integer() || value < Decimal::ONE {
         return Err(wanted());
     }
-    value.to_i32().filter(|n| *n <= MAX_QUANTITY).ok_or_else(wanted)
+    value.to_i32().filter(|n| *n <= most).ok_or_else(wanted)
 }
 
 #[cfg(test)]

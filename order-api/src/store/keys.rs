@@ -10,6 +10,7 @@ use sqlx::{
 };
 
 use super::Store;
+use crate::error::Error;
 
 const FIND: &str = "
 SELECT fingerprint, status, location, etag, body FROM public.idempotency_keys WHERE client = $1 AND key = $2";
@@ -20,7 +21,12 @@ DELETE FROM public.idempotency_keys WHERE (client, key) IN (
     WHERE created_at < now() - make_interval(secs => $1)
     ORDER BY created_at LIMIT 1000)";
 
-pub(super) const STATEMENTS: [&str; 2] = [FIND, FORGET];
+/// Alone, where the work is more than one statement.
+pub(super) const REMEMBER: &str = "
+INSERT INTO public.idempotency_keys (client, key, fingerprint, status, location, etag, body)
+SELECT $1::text, $2::text, $3::bytea, $4::smallint, $5::text, $6::text, $7::text WHERE $2 IS NOT NULL";
+
+pub(super) const STATEMENTS: [&str; 3] = [FIND, FORGET, REMEMBER];
 
 /// A request that is to have its effect once, however often it is sent.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -48,7 +54,7 @@ pub(crate) struct Answer {
 
 /// What is known of a key.
 #[derive(Debug)]
-pub(crate) enum Known {
+enum Known {
     /// Nothing.
     No,
     /// It was answered so.
@@ -76,7 +82,7 @@ pub(super) fn remembering<'q>(sql: &'static str, key: Option<&'q Key>, answer: &
 }
 
 /// Looks for the answer to a request.
-pub(super) async fn find(connection: &mut PgConnection, wanted: &Key) -> Result<Known, sqlx::Error> {
+async fn find(connection: &mut PgConnection, wanted: &Key) -> Result<Known, sqlx::Error> {
     type Row = (Vec<u8>, i16, Option<String>, Option<String>, String);
     let row: Option<Row> =
         sqlx::query_as(FIND).bind(&wanted.client).bind(&wanted.name).fetch_optional(connection).await?;
@@ -90,19 +96,25 @@ pub(super) async fn find(connection: &mut PgConnection, wanted: &Key) -> Result<
     })
 }
 
+/// The answer that was given for the key, if there is one.
+pub(super) async fn known(
+    connection: &mut PgConnection,
+    key: Option<&Key>,
+) -> Result<Option<Result<Answer, Error>>, sqlx::Error> {
+    let Some(key) = key else { return Ok(None) };
+    Ok(match find(connection, key).await? {
+        Known::No => None,
+        Known::Yes(answer) => Some(Ok(answer)),
+        Known::Otherwise => Some(Err(Error::KeyReused)),
+    })
+}
+
 impl Store {
     /// Forgets some of the answers that are older than that; gives back how many.
     ///
     /// # Errors
     /// What went wrong, for the log.
     pub(crate) async fn forget_keys(&self, older_than: Duration) -> Result<u64, String> {
-        let forget = async |c: &mut PgConnection| {
-            sqlx::query(FORGET)
-                .bind(older_than.as_secs_f64())
-                .execute(c)
-                .await
-                .map(|done| done.rows_affected())
-        };
-        self.with_connection(forget).await.map_err(|trouble| trouble.to_string())
+        self.chore(sqlx::query(FORGET).bind(older_than.as_secs_f64())).await
     }
 }

@@ -1,21 +1,27 @@
 //! The orders database. What belongs together is one statement, which is a transaction of its own: one round trip.
 //!
-//! `orders.rs` writes and reads orders, `keys.rs` the answers to idempotent requests,
+//! `orders.rs` writes and reads orders, `messages.rs` messages, `keys.rs` the answers to idempotent requests,
 //! `instances.rs` the fleet.
 
 mod instances;
 mod keys;
+mod messages;
 mod orders;
 
 use std::{fmt, sync::Arc, time::Duration};
 
 use prometheus_client::metrics::counter::Counter;
-use sqlx::postgres::PgConnection;
+use sqlx::{
+    Postgres,
+    postgres::{PgArguments, PgConnection},
+    query::Query,
+};
 use tokio::time::timeout;
 
 pub(crate) use self::{
     instances::{Heartbeat, Instance, MAX_INSTANCES},
     keys::{Answer, Key},
+    messages::{MAX_COUNT, MessageFilter},
     orders::{Decision, Filter},
 };
 use crate::{
@@ -28,7 +34,11 @@ const ADMIN_SHUTDOWN: &str = "57P01";
 
 /// What the schema must be able to parse.
 pub(crate) fn statements() -> impl Iterator<Item = &'static str> {
-    keys::STATEMENTS.into_iter().chain(orders::STATEMENTS).chain(instances::STATEMENTS)
+    keys::STATEMENTS
+        .into_iter()
+        .chain(orders::STATEMENTS)
+        .chain(messages::STATEMENTS)
+        .chain(instances::STATEMENTS)
 }
 
 /// The statements, each on a connection of the pool and with a bound.
@@ -37,6 +47,28 @@ pub(crate) struct Store {
     pool: Arc<Pool>,
     answer_timeout: Duration,
     retries: Counter,
+}
+
+/// Something new, with ids that stay the same however often it is tried: by them it is recognised.
+trait New: Sync {
+    /// Writes it, and the answer for the key.
+    fn insert(
+        &self,
+        connection: &mut PgConnection,
+        key: Option<&Key>,
+        answer: &Answer,
+    ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
+
+    /// Whether it is there, from an attempt whose end was not heard.
+    fn is_written(
+        &self,
+        connection: &mut PgConnection,
+    ) -> impl Future<Output = Result<bool, sqlx::Error>> + Send;
+
+    /// What the client is told when it is not, but something else of the same id is.
+    fn duplicate(&self, error: &sqlx::Error) -> Error {
+        refused(error, Written::Nothing)
+    }
 }
 
 /// How a statement failed.
@@ -71,6 +103,38 @@ impl Store {
 
     fn reading(&self) -> Retry<'_> {
         Retry { writes: false, ..self.writing() }
+    }
+
+    /// Writes something new, once: gives back the answer after the commit, or the one that was given before for the
+    /// same key.
+    async fn once(&self, new: &impl New, key: Option<&Key>, answer: &Answer) -> Result<Answer, Error> {
+        let mut retry = self.writing();
+        loop {
+            let doubt = retry.doubt;
+            let work = async |c: &mut PgConnection| {
+                let Err(error) = new.insert(c, key, answer).await else { return Ok(Ok(answer.clone())) };
+                if !is_duplicate(&error) {
+                    return Err(error);
+                }
+                if let Some(known) = keys::known(c, key).await? {
+                    return Ok(known);
+                }
+                if doubt && new.is_written(c).await? {
+                    return Ok(Ok(answer.clone()));
+                }
+                Ok(Err(new.duplicate(&error)))
+            };
+            match self.with_connection(work).await {
+                Ok(done) => return done,
+                Err(trouble) => retry.after(trouble)?,
+            }
+        }
+    }
+
+    /// Runs a statement that nobody waits for; gives back how many rows it wrote.
+    async fn chore(&self, statement: Query<'_, Postgres, PgArguments>) -> Result<u64, String> {
+        let done = self.with_connection(async |c| statement.execute(c).await).await;
+        done.map(|done| done.rows_affected()).map_err(|trouble| trouble.to_string())
     }
 
     /// Runs statements on a connection of the pool, all within the time for an answer.

@@ -12,8 +12,8 @@ use sqlx::{
 use uuid::Uuid;
 
 use super::{
-    Store, is_duplicate,
-    keys::{self, Answer, Key, Known},
+    New, Store, is_duplicate,
+    keys::{self, Answer, Key},
     refused,
 };
 use crate::{
@@ -88,33 +88,7 @@ impl Store {
         key: Option<&Key>,
         answer: &Answer,
     ) -> Result<Answer, Error> {
-        let mut retry = self.writing();
-        loop {
-            let doubt = retry.doubt;
-            let work = async |c: &mut PgConnection| {
-                let Err(error) = insert(c, order, event, traceparent, key, answer).await else {
-                    return Ok(Ok(answer.clone()));
-                };
-                if !is_duplicate(&error) {
-                    return Err(error);
-                }
-                if let Some(known) = known(c, key).await? {
-                    return Ok(known);
-                }
-                if doubt && written(c, &order.order_id, event.event_id).await?.is_some() {
-                    return Ok(Ok(answer.clone()));
-                }
-                Ok(Err(if is_about_the_order(&error) {
-                    Error::OrderExists(order.order_id.to_string())
-                } else {
-                    refused(&error, Written::Nothing)
-                }))
-            };
-            match self.with_connection(work).await {
-                Ok(done) => return done,
-                Err(trouble) => retry.after(trouble)?,
-            }
-        }
+        self.once(&Placing { order, event, traceparent }, key, answer).await
     }
 
     /// Does with an order what `decide` says about it as it is. Who is overtaken decides again, with the order locked;
@@ -156,8 +130,8 @@ impl Store {
                 match attempt {
                     Ok(Ok(attempt)) => Ok(Ok(attempt)),
                     // Perhaps because it has been done before.
-                    Ok(Err(error)) => Ok(known(c, key).await?.unwrap_or(Err(error)).map(Attempt::Done)),
-                    Err(error) if is_duplicate(&error) => match known(c, key).await? {
+                    Ok(Err(error)) => Ok(keys::known(c, key).await?.unwrap_or(Err(error)).map(Attempt::Done)),
+                    Err(error) if is_duplicate(&error) => match keys::known(c, key).await? {
                         Some(known) => Ok(known.map(Attempt::Done)),
                         None => Err(error),
                     },
@@ -267,19 +241,6 @@ fn list(filter: &Filter, most: i64) -> QueryBuilder<sqlx::Postgres> {
     query
 }
 
-/// The answer that was given for the key, if there is one.
-async fn known(
-    connection: &mut PgConnection,
-    key: Option<&Key>,
-) -> Result<Option<Result<Answer, Error>>, sqlx::Error> {
-    let Some(key) = key else { return Ok(None) };
-    Ok(match keys::find(connection, key).await? {
-        Known::No => None,
-        Known::Yes(answer) => Some(Ok(answer)),
-        Known::Otherwise => Some(Err(Error::KeyReused)),
-    })
-}
-
 async fn written(
     connection: &mut PgConnection,
     id: &OrderId,
@@ -293,34 +254,52 @@ async fn find(connection: &mut PgConnection, id: &OrderId) -> Result<Option<Orde
     assemble(&rows)
 }
 
-async fn insert(
-    connection: &mut PgConnection,
-    order: &Order,
-    event: &Event,
-    traceparent: Option<&Traceparent>,
-    key: Option<&Key>,
-    answer: &Answer,
-) -> Result<(), sqlx::Error> {
-    let lines = Lines::of(&order.items);
-    // `execute` reads up to ReadyForQuery. The command's own completion comes before the commit.
-    keys::remembering(CREATE, key, answer)
-        .bind(order.order_id.as_str())
-        .bind(order.customer_id.as_str())
-        .bind(order.restaurant_id.as_str())
-        .bind(order.currency.as_str())
-        .bind(order.total_amount.value())
-        .bind(order.created_at)
-        .bind(order.notes.as_ref().map(Notes::as_str))
-        .bind(lines.ids)
-        .bind(lines.names)
-        .bind(lines.prices)
-        .bind(lines.quantities)
-        .bind(event.event_id)
-        .bind(Json(event))
-        .bind(traceparent.map(Traceparent::as_str))
-        .execute(connection)
-        .await
-        .map(drop)
+/// A new order.
+struct Placing<'a> {
+    order: &'a Order,
+    event: &'a Event,
+    traceparent: Option<&'a Traceparent>,
+}
+
+impl New for Placing<'_> {
+    async fn insert(
+        &self,
+        connection: &mut PgConnection,
+        key: Option<&Key>,
+        answer: &Answer,
+    ) -> Result<(), sqlx::Error> {
+        let (order, lines) = (self.order, Lines::of(&self.order.items));
+        // `execute` reads up to ReadyForQuery. The command's own completion comes before the commit.
+        keys::remembering(CREATE, key, answer)
+            .bind(order.order_id.as_str())
+            .bind(order.customer_id.as_str())
+            .bind(order.restaurant_id.as_str())
+            .bind(order.currency.as_str())
+            .bind(order.total_amount.value())
+            .bind(order.created_at)
+            .bind(order.notes.as_ref().map(Notes::as_str))
+            .bind(lines.ids)
+            .bind(lines.names)
+            .bind(lines.prices)
+            .bind(lines.quantities)
+            .bind(self.event.event_id)
+            .bind(Json(self.event))
+            .bind(self.traceparent.map(Traceparent::as_str))
+            .execute(connection)
+            .await
+            .map(drop)
+    }
+
+    async fn is_written(&self, connection: &mut PgConnection) -> Result<bool, sqlx::Error> {
+        Ok(written(connection, &self.order.order_id, self.event.event_id).await?.is_some())
+    }
+
+    fn duplicate(&self, error: &sqlx::Error) -> Error {
+        if is_about_the_order(error) {
+            return Error::OrderExists(self.order.order_id.to_string());
+        }
+        refused(error, Written::Nothing)
+    }
 }
 
 /// One change, as often as it is tried.

@@ -32,6 +32,7 @@ pub(crate) enum Mode {
 pub(crate) struct Gate {
     pub(crate) address: SocketAddr,
     mode: watch::Sender<Mode>,
+    to_pass: Arc<AtomicU32>,
     to_lose: Arc<AtomicU32>,
     after: Arc<watch::Sender<Mode>>,
     sent: Arc<AtomicU32>,
@@ -41,12 +42,13 @@ impl Gate {
     /// A gate on `listen` before `target`.
     pub(crate) fn new(runtime: &Runtime, listen: SocketAddr, target: SocketAddr) -> Self {
         let (mode, modes) = watch::channel(Mode::Open);
-        let to_lose = Arc::new(AtomicU32::new(0));
+        let (to_pass, to_lose) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicU32::new(0)));
         let after = Arc::new(watch::channel(Mode::Open).0);
         let listener = runtime.block_on(TcpListener::bind(listen)).unwrap();
         let address = listener.local_addr().unwrap();
         let sent = Arc::new(AtomicU32::new(0));
-        let shared = (mode.clone(), Arc::clone(&to_lose), Arc::clone(&after), Arc::clone(&sent));
+        let counts = (Arc::clone(&to_pass), Arc::clone(&to_lose), Arc::clone(&sent));
+        let shared = (mode.clone(), Arc::clone(&after), counts);
         runtime.spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
                 if *modes.borrow() == Mode::Shut {
@@ -59,7 +61,7 @@ impl Gate {
                 });
             }
         });
-        Self { address, mode, to_lose, after, sent }
+        Self { address, mode, to_pass, to_lose, after, sent }
     }
 
     /// How many times a client has sent something: the round trips so far.
@@ -71,6 +73,12 @@ impl Gate {
         self.mode.send_replace(mode);
     }
 
+    /// One answer is lost, and its connection with it, after so many that pass.
+    pub(crate) fn lose_answer_after(&self, passed: u32) {
+        self.to_pass.store(passed, Ordering::SeqCst);
+        self.lose_answers(1, Mode::Open);
+    }
+
     /// The next `count` answers are lost, and their connections with them; then the gate is as `after` says.
     pub(crate) fn lose_answers(&self, count: u32, after: Mode) {
         self.after.send_replace(after);
@@ -79,10 +87,11 @@ impl Gate {
     }
 }
 
-type Shared = (watch::Sender<Mode>, Arc<AtomicU32>, Arc<watch::Sender<Mode>>, Arc<AtomicU32>);
+type Counts = (Arc<AtomicU32>, Arc<AtomicU32>, Arc<AtomicU32>);
+type Shared = (watch::Sender<Mode>, Arc<watch::Sender<Mode>>, Counts);
 
 async fn forward(client: TcpStream, server: TcpStream, mut modes: watch::Receiver<Mode>, shared: Shared) {
-    let (mode, to_lose, after, sent) = shared;
+    let (mode, after, (to_pass, to_lose, sent)) = shared;
     let (mut from_client, mut to_client) = client.into_split();
     let (mut from_server, mut to_server) = server.into_split();
     let (mut up, mut down) = (vec![0; 65536], vec![0; 65536]);
@@ -112,7 +121,11 @@ async fn forward(client: TcpStream, server: TcpStream, mut modes: watch::Receive
             },
             read = from_server.read(&mut down) => match read {
                 Ok(n) if n > 0 => {
-                    if now == Mode::LoseAnswers && !made_to_lose {
+                    let passes = |left: u32| left.checked_sub(1);
+                    if now == Mode::LoseAnswers
+                        && !made_to_lose
+                        && to_pass.fetch_update(Ordering::SeqCst, Ordering::SeqCst, passes).is_err()
+                    {
                         if to_lose.fetch_sub(1, Ordering::SeqCst) == 1 {
                             mode.send_replace(*after.borrow());
                         }

@@ -16,6 +16,7 @@ mod gate;
 mod history;
 mod idempotency;
 mod limits;
+mod messages;
 mod outage;
 mod process;
 mod schema;

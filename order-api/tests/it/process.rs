@@ -36,12 +36,14 @@ fn the_configuration_is_shown_and_checked() {
         ("ORDER_API_HTTP__BODY_LIMIT_BYTES", "1", "http.body_limit_bytes"),
         ("ORDER_API_HTTP__PORT", "80", "port"),
         ("ORDER_API_AUTH__REQUIRED", "maybe", "required"),
+        ("ORDER_API_MESSAGES__TOPICS", "notifications, not/this", "messages.topics"),
         ("ORDER_API_POSTGRES__MAX_CONNECTIONS", "many", "max_connections"),
     ] {
         let (code, told) = ends(with_file().env(variable, value));
         assert_eq!(code, Some(64), "{told}");
         assert!(told.contains(named), "{told}");
     }
+    assert_eq!(ends(with_file().env("ORDER_API_MESSAGES__TOPICS", "notifications, prices")).0, Some(0));
     std::fs::remove_file(&path).unwrap();
     assert_eq!(ends(binary().args(["--check-config", "--config", "/none"])).0, Some(64));
 }

@@ -110,6 +110,9 @@ impl Stage {
         config.postgres.check_interval_ms = 20;
         // Its statements would come between those that a test counts or loses.
         config.fleet.interval_seconds = 0;
+        config.messages.topics = vec!["notifications".into(), "prices".into()];
+        // Some tests count round trips, some have one connection.
+        config.messages.redeliver_interval_ms = 60_000;
         config
     }
 

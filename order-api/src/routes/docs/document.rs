@@ -8,6 +8,7 @@ use super::{
     page, parameters, refusals,
     schemas::{Live, Readiness},
 };
+use crate::domain::KafkaName;
 
 /// What is there before any route is added: also the routes that cannot describe themselves.
 #[derive(OpenApi)]
@@ -15,9 +16,11 @@ use super::{
     info(title = "Order API", description = include_str!("about.md")),
     servers((url = "/", description = "Where this document is")),
     paths(live, ready, metrics, document, page::page, page::part),
+    components(schemas(KafkaName)),
     tags(
         (name = "orders", description = "Placing and following orders"),
         (name = "fleet", description = "Which instances of which service there are"),
+        (name = "messages", description = "Sending messages of any kind, and following them"),
         (name = "operation", description = "Health, metrics and documentation"),
     ),
 )]

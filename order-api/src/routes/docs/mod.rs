@@ -7,4 +7,6 @@ mod refusals;
 mod schemas;
 
 pub(super) use document::{base, serve, text};
-pub(super) use schemas::{Beat, Cancellation, Confirmation, InstanceName, Limit, StatusChange, Version};
+pub(super) use schemas::{
+    Beat, Cancellation, Confirmation, InstanceName, Limit, Nothing, ShortMessage, StatusChange, Version,
+};

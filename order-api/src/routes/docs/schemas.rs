@@ -8,9 +8,11 @@ use utoipa::{
 };
 
 use crate::domain::{
-    Amount, Currency, CustomerId, ItemName, MAX_ID_BYTES, MAX_ITEMS, MAX_NAME_CHARS, MAX_NOTES_CHARS,
-    MAX_PRICE, MAX_QUANTITY, MAX_REASON_CHARS, MAX_VERSION, MenuItemId, NewOrder, Notes, OrderId, PaymentId,
-    Reason, RestaurantId, Update,
+    Amount, Currency, CustomerId, Headers, ItemName, KafkaName, MAX_ACK_TIMEOUT_SECONDS, MAX_GROUPS,
+    MAX_HEADER_CHARS, MAX_HEADER_NAME_BYTES, MAX_HEADERS, MAX_ID_BYTES, MAX_ITEMS, MAX_KAFKA_NAME_BYTES,
+    MAX_MESSAGE_KEY_CHARS, MAX_NAME_CHARS, MAX_NOTES_CHARS, MAX_PRICE, MAX_QUANTITY, MAX_REASON_CHARS,
+    MAX_VERSION, MenuItemId, MessageKey, NewMessage, NewOrder, Notes, OrderId, Payload, PaymentId, Reason,
+    RestaurantId, Update,
 };
 use crate::routes::{
     instances,
@@ -89,6 +91,44 @@ schemas! {
         "started": {"type": "string", "format": "date-time", "description": "By its own clock."},
         "state": name("How it is, in one word.", "._-"),
     }));
+    KafkaName, "KafkaName" => json!({
+        "type": "string", "minLength": 1, "maxLength": MAX_KAFKA_NAME_BYTES, "pattern": "^[A-Za-z0-9._-]+$",
+        "description": "What a consumer group is called.",
+    });
+    MessageKey, "MessageKey" => text(
+        "The record's key: messages with the same one keep their order.", MAX_MESSAGE_KEY_CHARS, CONTROLS,
+    );
+    Payload, "Payload" => json!({
+        "type": ["string", "number", "boolean", "array", "object"],
+        "description": "Any JSON but null: without U+0000 and repeated names, nested at most 100 deep, with numbers that a \
+                        float of 64 bits can come near.",
+    });
+    Headers, "Headers" => json!({
+        "type": "object", "maxProperties": MAX_HEADERS,
+        "propertyNames": {"type": "string", "minLength": 1, "maxLength": MAX_HEADER_NAME_BYTES, "pattern": "^[A-Za-z0-9._-]+$"},
+        "additionalProperties": {"type": "string", "maxLength": MAX_HEADER_CHARS, "pattern": format!("^[^{CONTROLS}]*$")},
+        "description": "The record's, besides those of the order system, whose names are reserved.",
+    });
+    NewMessage, "NewMessage" => object(&["topic", "payload"], json!({
+        "topic": topic(),
+        "key": optional(of("MessageKey"), "The message's id if it is absent."),
+        "payload": of("Payload"),
+        "headers": optional(of("Headers"), "None if it is absent."),
+        "requireAck": optional(
+            json!({
+                "type": "array", "minItems": 1, "maxItems": MAX_GROUPS, "uniqueItems": true, "items": of("KafkaName"),
+            }),
+            "The consumer groups that have to acknowledge it; none if it is absent.",
+        ),
+        "ackTimeout": optional(
+            json!({"type": "integer", "minimum": 1, "maximum": MAX_ACK_TIMEOUT_SECONDS}),
+            "How long its first attempt waits for acknowledgements, in seconds; each later one waits twice as long.",
+        ),
+    }));
+    ShortMessage, "ShortMessage" => object(&["topic", "message", "consumerGroup"], json!({
+        "topic": topic(), "message": of("Payload"), "consumerGroup": of("KafkaName"),
+    }));
+    Nothing, "Nothing" => object(&[], json!({}));
     Cancellation, "Cancellation" => object(&["reason"], json!({"reason": of("Reason")}));
 }
 
@@ -112,6 +152,16 @@ pub(in crate::routes) struct Confirmation;
 
 /// The body of `POST /api/orders/{id}/cancel`.
 pub(in crate::routes) struct Cancellation;
+
+/// The body of `POST /api/messages/send`.
+pub(in crate::routes) struct ShortMessage;
+
+/// The body of a request that says everything by its path.
+pub(in crate::routes) struct Nothing;
+
+fn topic() -> Value {
+    json!({"type": "string", "description": "One of those that this service's configuration allows (messages.topics)."})
+}
 
 fn id(about: &str) -> Value {
     json!({
