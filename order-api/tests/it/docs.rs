@@ -81,6 +81,26 @@ fn every_reference_leads_somewhere_and_every_operation_has_a_name_of_its_own() {
     assert!(!DOCUMENT.to_string().contains("[`"), "a description for readers of the code");
 }
 
+/// A null would be taken for a value by some readers of the document, and refused by others.
+#[test]
+fn nothing_is_null_but_in_examples() {
+    fn nulls(value: &Value, at: &str, found: &mut Vec<String>) {
+        match value {
+            Value::Null => found.push(at.to_owned()),
+            Value::Array(elements) => elements.iter().for_each(|e| nulls(e, at, found)),
+            Value::Object(members) => {
+                for (name, value) in members.iter().filter(|(name, _)| !name.starts_with("example")) {
+                    nulls(value, &format!("{at}/{name}"), found);
+                }
+            }
+            _ => {}
+        }
+    }
+    let mut found = Vec::new();
+    nulls(&DOCUMENT, "", &mut found);
+    assert_eq!(found, Vec::<String>::new());
+}
+
 #[test]
 fn every_example_is_answered_as_it_should() {
     let stage = Stage::new();

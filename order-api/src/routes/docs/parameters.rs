@@ -14,6 +14,14 @@ pub(super) fn add(method: &str, operation: &mut Map<String, Value>, refused: &[S
         // None of ours is, and the macro cannot say so without making null a value of it.
         parameter["required"] = false.into();
     }
+    let responses = operation.get_mut("responses").and_then(Value::as_object_mut);
+    for (_, response) in responses.into_iter().flatten() {
+        // And an answer has every header that is told of it.
+        let headers = response.get_mut("headers").and_then(Value::as_object_mut);
+        for (_, header) in headers.into_iter().flatten() {
+            header["required"] = true.into();
+        }
+    }
     if !operation.contains_key("requestBody") {
         return;
     }
@@ -24,11 +32,13 @@ pub(super) fn add(method: &str, operation: &mut Map<String, Value>, refused: &[S
     )];
     if refused.iter().any(|slug| slug == "version-mismatch") {
         let tags = format!(r"^(\*|{TAG}( *, *{TAG})*)$");
-        parameters.push(header(
+        let mut tags = header(
             "If-Match",
             "The ETag of what is meant: if it has changed since, nothing is done.",
-            json!({"type": "string", "pattern": tags}),
-        ));
+            json!({"type": "string", "minLength": 1, "pattern": tags}),
+        );
+        tags["example"] = "*".into();
+        parameters.push(tags);
     }
     if method == "post" {
         // In quotes, as the draft has it, or as it is. Neither has a quote or a backslash in it.
@@ -39,7 +49,7 @@ pub(super) fn add(method: &str, operation: &mut Map<String, Value>, refused: &[S
             "Idempotency-Key",
             "Chosen by the client, such as a UUID: however often the request is sent with it, it is carried out once, \
              and answered alike.",
-            json!({"type": "string", "pattern": key}),
+            json!({"type": "string", "minLength": 1, "pattern": key}),
         ));
         tell_repetitions(operation);
     }

@@ -12,15 +12,15 @@ use crate::domain::{
     MAX_HEADER_CHARS, MAX_HEADER_NAME_BYTES, MAX_HEADERS, MAX_ID_BYTES, MAX_ITEMS, MAX_KAFKA_NAME_BYTES,
     MAX_MESSAGE_KEY_CHARS, MAX_NAME_CHARS, MAX_NOTES_CHARS, MAX_PRICE, MAX_QUANTITY, MAX_REASON_CHARS,
     MAX_VERSION, MenuItemId, MessageKey, NewMessage, NewOrder, Notes, OrderId, Payload, PaymentId, Reason,
-    RestaurantId, Update,
+    RestaurantId, Status, Update,
 };
 use crate::routes::{
     instances,
     query::{DEFAULT_LIMIT, MAX_LIMIT},
 };
 
-/// A JSON number in a string.
-const DECIMAL: &str = r"^-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?$";
+/// A decimal in a string. An exponent is taken too, but who would write one.
+const DECIMAL: &str = r"^(0|[1-9][0-9]{0,15})(\.[0-9]{1,4})?$";
 
 /// An amount as we write it.
 const AMOUNT: &str = r"^(0|[1-9][0-9]*)(\.[0-9]+)?$";
@@ -82,7 +82,9 @@ schemas! {
         update["minProperties"] = 1.into();
         update
     };
-    StatusChange, "StatusChange" => object(&["status"], json!({"status": of("Status")}));
+    StatusChange, "StatusChange" => object(&["status"], json!({
+        "status": {"type": "string", "enum": settable()},
+    }));
     Confirmation, "Confirmation" => object(&["paymentId"], json!({"paymentId": of("PaymentId")}));
     InstanceName, "InstanceName" => name("What an instance is called.", "._-");
     Beat, "Heartbeat" => object(&["service", "version", "started", "state"], json!({
@@ -184,6 +186,12 @@ fn text(about: &str, most_chars: usize, controls: &str) -> Value {
         "type": "string", "minLength": 1, "maxLength": most_chars, "description": about,
         "pattern": format!(r"^[^{controls}]*[^\s{controls}][^{controls}]*$"),
     })
+}
+
+/// The statuses that have no route of their own.
+fn settable() -> Vec<&'static str> {
+    let others = Status::ALL.iter().filter(|(s, _)| !matches!(s, Status::Confirmed | Status::Cancelled));
+    others.map(|(_, name)| *name).collect()
 }
 
 fn of(name: &str) -> Value {

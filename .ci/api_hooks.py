@@ -1,0 +1,40 @@
+"""What a schema cannot say about a request, for Schemathesis: it would take the refusal for a fault.
+
+Only requests that are meant to be right are touched.
+"""
+
+import decimal
+
+import schemathesis
+from schemathesis import GenerationMode
+
+seen = {}
+
+
+@schemathesis.hook
+def before_call(ctx, case, kwargs):
+    right = case.meta is None or case.meta.generation.mode == GenerationMode.POSITIVE
+    if right:
+        # A cursor is right if it was given out.
+        case.query.pop("cursor", None)
+        # Schemathesis 4.32 leaves a header empty if it cannot make one of the pattern.
+        if case.headers.get("If-Match") == "":
+            del case.headers["If-Match"]
+    if right and isinstance(case.body, dict):
+        # It has to be the sum.
+        case.body.pop("totalAmount", None)
+        for item in case.body.get("items", []):
+            item["price"] = in_cents(item["price"])
+    # A key stands for one request, in quotes or not.
+    key = str(case.headers.get("Idempotency-Key", "")).strip().strip('"')
+    request = (case.method, case.formatted_path, str(case.body))
+    if key and seen.setdefault(key, request) != request and right:
+        del case.headers["Idempotency-Key"]
+
+
+def in_cents(price):
+    """A price of at most two decimals, which nearly all currencies have."""
+    if isinstance(price, str):
+        value = decimal.Decimal(price)
+        return "0.50" if value > 1_000_000_000 else f"{value:.2f}"
+    return round(price, 2)
