@@ -5,7 +5,11 @@ use std::{sync::Arc, time::Duration};
 use chrono::{SubsecRound, Utc};
 use service::{Failure, Health, fleet::instance_name};
 
-use crate::{routes::Context, store::Heartbeat};
+use crate::{
+    error::Error,
+    routes::Context,
+    store::{Answer, Heartbeat},
+};
 
 /// How often we look whether the database has come, before the first heartbeat.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
@@ -61,10 +65,12 @@ impl Member {
 
     async fn tell(&self, state: String) {
         let heartbeat = Heartbeat { state, ..self.heartbeat.clone() };
-        let told = self.context.store.heartbeat(&heartbeat, self.context.fleet.forget_after()).await;
-        match told {
-            Ok(Some(_)) => {}
-            Ok(None) => tracing::warn!("there are too many instances to register this one"),
+        let store = &self.context.store;
+        let told =
+            store.heartbeat(&heartbeat, self.context.fleet.forget_after(), None, |_| Ok(Answer::none()));
+        match told.await {
+            Ok(_) => {}
+            Err(Error::FleetFull(_)) => tracing::warn!("there are too many instances to register this one"),
             Err(error) => tracing::debug!(?error, "cannot write the heartbeat down"),
         }
     }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use axum::{
     Json,
     extract::{Path, Request, State, rejection::PathRejection},
+    http::StatusCode,
 };
 use chrono::{DateTime, Utc};
 use serde::Serialize;
@@ -12,12 +13,13 @@ use utoipa::ToSchema;
 
 use super::{
     Context,
+    command::Posted,
     docs::{Beat, InstanceName},
-    json::{self, Errors, Field},
+    json::{Errors, Field},
 };
 use crate::{
     error::Error,
-    store::{Heartbeat, Instance, MAX_INSTANCES},
+    store::{Answer, Heartbeat, Instance},
 };
 
 /// The longest id and the longest of every other text, in characters.
@@ -39,19 +41,19 @@ pub(crate) struct Instances {
         "service": "cdc-relay", "version": "0.1.0", "started": "2026-01-31T12:00:00Z", "state": "streaming",
     })),
     responses((status = 200, description = "The instance as it is stored", body = Instance)),
-    extensions(("x-refused" = json!(["too-many-instances"])), ("x-plain" = json!(true))),
+    extensions(("x-refused" = json!(["too-many-instances"]))),
 )]
 pub(super) async fn heartbeat(
     State(context): State<Arc<Context>>,
     id: Result<Path<String>, PathRejection>,
     request: Request,
-) -> Result<Json<Instance>, Error> {
+) -> Result<Answer, Error> {
     let Path(id) = id.map_err(|e| Error::BadId(e.body_text()))?;
     let id = name(id).map_err(|what| Error::BadId(format!("An instance's id {what}.")))?;
-    let body = json::read(request, &context).await?;
-    let heartbeat = read(id, &body)?;
-    let stored = context.store.heartbeat(&heartbeat, context.fleet.forget_after()).await?;
-    stored.map(Json).ok_or(Error::FleetFull(MAX_INSTANCES))
+    let posted = Posted::read(request, &context).await?;
+    let heartbeat = read(id, &posted.body)?;
+    let answer = |instance: &Instance| Answer::json(StatusCode::OK, instance);
+    context.store.heartbeat(&heartbeat, context.fleet.forget_after(), posted.key.as_ref(), answer).await
 }
 
 /// Which instances there are

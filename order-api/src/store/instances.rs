@@ -4,10 +4,13 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use serde::Serialize;
-use sqlx::{FromRow, postgres::PgConnection};
+use sqlx::{Connection, FromRow, postgres::PgConnection};
 use utoipa::ToSchema;
 
-use super::Store;
+use super::{
+    Store, is_duplicate,
+    keys::{self, Answer, Key},
+};
 use crate::error::Error;
 
 /// The most instances that are kept.
@@ -71,34 +74,31 @@ pub(crate) struct Instance {
 }
 
 impl Store {
-    /// Writes a heartbeat down; nothing if there are as many instances as there may be and this is another one.
-    /// Instances that have been silent for longer than `forget_after` are forgotten.
+    /// Writes a heartbeat down; gives back what `answer` makes of the instance then, or what was answered before for the
+    /// same key. Instances that have been silent for longer than `forget_after` are forgotten.
     ///
     /// # Errors
-    /// The database does not serve us.
+    /// There are as many instances as there may be, and this is another one; the database does not serve us.
     pub(crate) async fn heartbeat(
         &self,
         heartbeat: &Heartbeat,
         forget_after: Duration,
-    ) -> Result<Option<Instance>, Error> {
-        let write = async |c: &mut PgConnection| {
-            sqlx::query_as(HEARTBEAT)
-                .bind(&heartbeat.id)
-                .bind(&heartbeat.service)
-                .bind(&heartbeat.version)
-                .bind(heartbeat.started)
-                .bind(&heartbeat.state)
-                .bind(forget_after.as_secs_f64())
-                .bind(i64::from(MAX_INSTANCES))
-                // All, because the first row comes before the commit.
-                .fetch_all(c)
-                .await
-        };
+        key: Option<&Key>,
+        answer: impl Fn(&Instance) -> Result<Answer, Error> + Sync,
+    ) -> Result<Answer, Error> {
         // Twice is the same as once.
         let mut retry = self.writing();
         loop {
-            match self.with_connection(write).await {
-                Ok(mut stored) => return Ok(stored.pop()),
+            let work = async |c: &mut PgConnection| match beat(c, heartbeat, forget_after, key, &answer).await
+            {
+                Err(error) if is_duplicate(&error) => match keys::known(c, key).await? {
+                    Some(known) => Ok(known),
+                    None => Err(error),
+                },
+                done => done,
+            };
+            match self.with_connection(work).await {
+                Ok(done) => return done,
                 Err(trouble) => retry.after(trouble)?,
             }
         }
@@ -126,4 +126,34 @@ impl Store {
             }
         }
     }
+}
+
+/// All of it in one transaction: the answer tells what the database made of the heartbeat.
+async fn beat(
+    connection: &mut PgConnection,
+    heartbeat: &Heartbeat,
+    forget_after: Duration,
+    key: Option<&Key>,
+    answer: impl Fn(&Instance) -> Result<Answer, Error>,
+) -> Result<Result<Answer, Error>, sqlx::Error> {
+    let mut transaction = connection.begin().await?;
+    let stored: Option<Instance> = sqlx::query_as(HEARTBEAT)
+        .bind(&heartbeat.id)
+        .bind(&heartbeat.service)
+        .bind(&heartbeat.version)
+        .bind(heartbeat.started)
+        .bind(&heartbeat.state)
+        .bind(forget_after.as_secs_f64())
+        .bind(i64::from(MAX_INSTANCES))
+        .fetch_optional(&mut *transaction)
+        .await?;
+    let answered = stored.map_or(Err(Error::FleetFull(MAX_INSTANCES)), |instance| answer(&instance));
+    match &answered {
+        Ok(answer) => {
+            keys::remembering(keys::REMEMBER, key, answer).execute(&mut *transaction).await?;
+            transaction.commit().await?;
+        }
+        Err(_) => transaction.rollback().await?,
+    }
+    Ok(answered)
 }

@@ -109,6 +109,13 @@ pub(super) async fn known(
     })
 }
 
+impl Answer {
+    /// None that anybody gets: of work that was not asked for.
+    pub(crate) fn none() -> Self {
+        Self { status: 204, location: None, etag: None, body: String::new(), repeated: false }
+    }
+}
+
 impl Store {
     /// Forgets some of the answers that are older than that; gives back how many.
     ///

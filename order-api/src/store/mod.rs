@@ -19,7 +19,7 @@ use sqlx::{
 use tokio::time::timeout;
 
 pub(crate) use self::{
-    instances::{Heartbeat, Instance, MAX_INSTANCES},
+    instances::{Heartbeat, Instance},
     keys::{Answer, Key},
     messages::{MAX_COUNT, MessageFilter},
     orders::{Decision, Filter},

@@ -193,3 +193,22 @@ fn a_client_whom_nobody_hears_leaves_all_the_same() {
     fleet.leave();
     Fleet::join(None, "cdc-relay", "1.2.3", &Health::default()).leave();
 }
+
+#[test]
+fn a_heartbeat_with_a_key_counts_once() {
+    let stage = Stage::new();
+    let service = stage.service();
+    let keyed = |state: &str| {
+        let mut body = body();
+        body["state"] = json!(state);
+        let headers = [("content-type", "application/json"), ("idempotency-key", "k")];
+        service.send("POST", "/api/instances/relay/heartbeat", &headers, &body.to_string())
+    };
+    let first = keyed("streaming");
+    assert_eq!((first.status, first.header("idempotency-replayed")), (200, ""));
+    stage.sql("UPDATE instances SET heartbeat_at = now() - interval '1 hour'");
+    let again = keyed("streaming");
+    assert_eq!((&again.text, again.header("idempotency-replayed")), (&first.text, "true"));
+    assert_eq!(stage.value("SELECT heartbeat_at < now() - interval '59 minutes' FROM instances"), "true");
+    keyed("standby").problem(422, "idempotency-key-reused");
+}

@@ -60,12 +60,8 @@ fn describe_alike(document: &mut Value) {
     for (path, item) in paths {
         for (method, operation) in item.as_object_mut().into_iter().flatten() {
             let Some(operation) = operation.as_object_mut() else { continue };
-            // Takes nothing but a body.
-            let plain = operation.remove("x-plain").is_some();
-            let refused = refusals::of(method, path, operation, plain);
-            if !plain {
-                parameters::add(method, operation, &refused);
-            }
+            let refused = refusals::of(method, path, operation);
+            parameters::add(method, operation, &refused);
             if path.starts_with("/api/") {
                 operation.insert("security".into(), json!([{}, {"token": []}]));
             }

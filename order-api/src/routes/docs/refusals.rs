@@ -60,9 +60,8 @@ fn example(error: Error) -> Example {
     Example { slug, status: body["status"].as_u64().unwrap_or_default(), body, retry }
 }
 
-/// The kinds of problem of an operation: its own, which are taken out of it, and those of all like it. One that is
-/// `plain` takes no headers.
-pub(super) fn of(method: &str, path: &str, operation: &mut Map<String, Value>, plain: bool) -> Vec<String> {
+/// The kinds of problem of an operation: its own, which are taken out of it, and those of all like it.
+pub(super) fn of(method: &str, path: &str, operation: &mut Map<String, Value>) -> Vec<String> {
     let own = operation.remove(EXTENSION).unwrap_or_default();
     let mut refused: Vec<String> =
         own.as_array().into_iter().flatten().filter_map(|slug| Some(slug.as_str()?.to_owned())).collect();
@@ -81,9 +80,6 @@ pub(super) fn of(method: &str, path: &str, operation: &mut Map<String, Value>, p
     let parameters = operation.get("parameters").and_then(Value::as_array);
     if parameters.into_iter().flatten().any(|parameter| parameter["in"] == "query") {
         also(&["invalid-query"]);
-    }
-    if plain {
-        return refused;
     }
     if method == "post" {
         also(&WITH_KEY);
