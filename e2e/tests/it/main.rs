@@ -9,5 +9,6 @@ mod flow;
 mod kills;
 mod messages;
 mod outage;
+mod requests;
 mod stack;
 mod views;
