@@ -77,12 +77,39 @@ impl Client {
     }
 }
 
+/// What was answered: the key of each order, by its id, and the messages' ids.
+struct Answered {
+    orders: BTreeMap<String, String>,
+    messages: BTreeSet<String>,
+}
+
 #[test]
 fn what_is_asked_for_again_is_done_once_and_messages_arrive_once_whatever_is_killed() {
     let stack = Stack::start("requests", &["--scale", "order-api=2"]);
     let client = Client::of(&stack);
+    let answered = ask(&stack, &client);
+    let database = Database::of(&stack, "postgres");
+    let stored = database.texts("SELECT order_id || ' ' || customer_id FROM orders ORDER BY order_id");
+    let asked: Vec<String> = answered.orders.iter().map(|(id, key)| format!("{id} {key}")).collect();
+    assert_eq!(stored, asked, "as many orders as keys");
+    assert_eq!((stored.len(), database.count("order_events")), (ORDERS, ORDERS));
+    let told = database.texts("SELECT message_id::text FROM messages ORDER BY 1");
+    assert_eq!(told, answered.messages.iter().cloned().collect::<Vec<_>>(), "as many messages as keys");
+    let (acknowledged, undelivered) = assert_messages_arrive_once(&stack, &database);
+    let attempts = database.number("SELECT sum(attempt) FROM messages");
+    tell(&format!(
+        "{ORDERS} orders by {ORDERS} keys, {} requests sent again; {MESSAGES} messages, {acknowledged} acknowledged, \
+         {undelivered} undelivered, {} sent again, none applied twice; {} kills",
+        client.again.into_inner(),
+        attempts - i64::try_from(MESSAGES).unwrap(),
+        KILLS.len()
+    ));
+}
+
+/// Sends everything, while everything is killed in turn.
+fn ask(stack: &Stack, client: &Client) -> Answered {
     let (answered, next) = (AtomicUsize::new(0), AtomicUsize::new(0));
-    let (orders, messages) = (Mutex::new(BTreeMap::new()), Mutex::new(BTreeSet::new()));
+    let all = Mutex::new(Answered { orders: BTreeMap::new(), messages: BTreeSet::new() });
     std::thread::scope(|scope| {
         for _ in 0..CLIENTS {
             scope.spawn(|| {
@@ -91,23 +118,7 @@ fn what_is_asked_for_again_is_done_once_and_messages_arrive_once_whatever_is_kil
                     if n >= ORDERS + MESSAGES {
                         return;
                     }
-                    let key = format!("key-{n}");
-                    // Every so often one of the others.
-                    if n * MESSAGES / (ORDERS + MESSAGES) == (n + 1) * MESSAGES / (ORDERS + MESSAGES) {
-                        let body = json!({
-                            "customerId": key, "restaurantId": "r",
-                            "items": [{"menuItemId": "m", "name": "Tea", "price": "1.10", "quantity": 2}],
-                        });
-                        let order = client.post("/api/orders", &key, &body);
-                        orders.lock().unwrap().insert(order["orderId"].as_str().unwrap().to_owned(), key);
-                    } else {
-                        let body = json!({
-                            "topic": "notifications", "key": format!("k-{}", n % 50), "payload": {"n": n},
-                            "requireAck": ["messages"], "ackTimeout": 5,
-                        });
-                        let message = client.post("/api/messages", &key, &body);
-                        messages.lock().unwrap().insert(message["messageId"].as_str().unwrap().to_owned());
-                    }
+                    one(client, n, &all);
                     answered.fetch_add(1, Ordering::Relaxed);
                 }
             });
@@ -119,47 +130,46 @@ fn what_is_asked_for_again_is_done_once_and_messages_arrive_once_whatever_is_kil
             stack.kill(process);
         }
     });
-    let (orders, messages) = (orders.into_inner().unwrap(), messages.into_inner().unwrap());
-    let database = Database::of(&stack, "postgres");
-    let stored = database.texts("SELECT order_id || ' ' || customer_id FROM orders ORDER BY order_id");
-    assert_eq!(
-        stored,
-        orders.iter().map(|(id, key)| format!("{id} {key}")).collect::<Vec<_>>(),
-        "as many orders as keys"
-    );
-    assert_eq!(stored.len(), ORDERS);
-    assert_eq!(database.count("order_events"), ORDERS);
+    all.into_inner().unwrap()
+}
 
-    let told = database.texts("SELECT message_id::text FROM messages ORDER BY 1");
-    assert_eq!(told, messages.iter().cloned().collect::<Vec<_>>(), "as many messages as keys");
+/// The `n`th request: an order, or every so often a message.
+fn one(client: &Client, n: usize, all: &Mutex<Answered>) {
+    let key = format!("key-{n}");
+    let messages_before = |n: usize| n * MESSAGES / (ORDERS + MESSAGES);
+    if messages_before(n) == messages_before(n + 1) {
+        let body = json!({
+            "customerId": key, "restaurantId": "r",
+            "items": [{"menuItemId": "m", "name": "Tea", "price": "1.10", "quantity": 2}],
+        });
+        let order = client.post("/api/orders", &key, &body);
+        let id = order["orderId"].as_str().unwrap().to_owned();
+        all.lock().unwrap().orders.insert(id, key);
+    } else {
+        let body = json!({
+            "topic": "notifications", "key": format!("k-{}", n % 50), "payload": {"n": n},
+            "requireAck": ["messages"], "ackTimeout": 5,
+        });
+        let message = client.post("/api/messages", &key, &body);
+        all.lock().unwrap().messages.insert(message["messageId"].as_str().unwrap().to_owned());
+    }
+}
+
+/// How many messages are acknowledged, and how many undelivered.
+fn assert_messages_arrive_once(stack: &Stack, database: &Database) -> (usize, i64) {
     eventually("every message is acknowledged or undelivered", || {
-        (database
-            .number("SELECT count(*) FROM messages WHERE acknowledged_at IS NULL AND undelivered_at IS NULL")
-            == 0)
-            .then_some(())
+        let waiting =
+            "SELECT count(*) FROM messages WHERE acknowledged_at IS NULL AND undelivered_at IS NULL";
+        (database.number(waiting) == 0).then_some(())
     });
-    let undelivered = database.number("SELECT count(*) FROM messages WHERE undelivered_at IS NOT NULL");
-    let consumers = Database::of(&stack, "consumer_postgres");
-    let applied = consumers
-        .texts("SELECT message_id::text FROM messages_applied WHERE consumer_group = 'messages' ORDER BY 1");
+    let consumers = Database::of(stack, "consumer_postgres");
+    let applied = "SELECT message_id::text FROM messages_applied WHERE consumer_group = 'messages'";
+    let applied = consumers.texts(applied);
     let once: BTreeSet<String> = applied.iter().cloned().collect();
     assert_eq!(applied.len(), once.len(), "none is applied twice");
-    let acknowledged: BTreeSet<String> = database
-        .texts("SELECT message_id::text FROM messages WHERE acknowledged_at IS NOT NULL")
-        .into_iter()
-        .collect();
-    assert!(
-        acknowledged.is_subset(&once),
-        "acknowledged, but not applied: {:?}",
-        acknowledged.difference(&once)
-    );
-    let attempts = database.number("SELECT sum(attempt) FROM messages");
-    tell(&format!(
-        "{ORDERS} orders by {ORDERS} keys, {} requests sent again; {MESSAGES} messages, {} acknowledged, {undelivered} \
-         undelivered, {} sent again, none applied twice; {} kills",
-        client.again.into_inner(),
-        acknowledged.len(),
-        attempts - i64::try_from(MESSAGES).unwrap(),
-        KILLS.len()
-    ));
+    let acknowledged = "SELECT message_id::text FROM messages WHERE acknowledged_at IS NOT NULL";
+    let acknowledged: BTreeSet<String> = database.texts(acknowledged).into_iter().collect();
+    let not_applied: Vec<_> = acknowledged.difference(&once).collect();
+    assert!(not_applied.is_empty(), "acknowledged, but not applied: {not_applied:?}");
+    (acknowledged.len(), database.number("SELECT count(*) FROM messages WHERE undelivered_at IS NOT NULL"))
 }
