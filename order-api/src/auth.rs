@@ -110,7 +110,7 @@ impl Tokens {
         if found.scopes.contains(&needed) {
             Ok(Client(found.name.clone()))
         } else {
-            Err(Error::ScopeMissing(needed))
+            Err(Error::ScopeMissing(needed.as_str()))
         }
     }
 
@@ -276,7 +276,7 @@ mod tests {
             Ok(Client(name)) => name,
             Err(Error::TokenMissing) => "401 missing".into(),
             Err(Error::TokenWrong) => "401 wrong".into(),
-            Err(Error::ScopeMissing(scope)) => format!("403 {}", scope.as_str()),
+            Err(Error::ScopeMissing(scope)) => format!("403 {scope}"),
             Err(other) => panic!("{other:?}"),
         }
     }

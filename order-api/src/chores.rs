@@ -34,11 +34,15 @@ impl Chores {
         });
         chores.spawn(async move {
             let mut ticks = ticks(context.messages.redeliver_interval());
+            let mut known = None;
             loop {
                 ticks.tick().await;
-                if let Err(why) = redeliver(&context).await {
-                    tracing::debug!(why, "cannot look after messages");
+                let trouble = redeliver(&context).await.err();
+                // Once, not once a second.
+                if let Some(why) = trouble.as_ref().filter(|_| trouble != known) {
+                    tracing::warn!(why, "cannot look after messages");
                 }
+                known = trouble;
             }
         });
         chores

@@ -6,8 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     failure::{Explain, Result},
-    ports::Ports,
-    services,
+    ports::{CONSUMERS, Ports},
 };
 
 /// Where everything of a stack is. Written when all is ready, and again whenever a process gets another id.
@@ -60,7 +59,7 @@ impl Endpoints {
             let instances = ports.services.iter().filter(|instance| instance.service == service);
             instances.map(|instance| (instance.name.clone(), url(&instance.port))).collect()
         };
-        let consumers = services::CONSUMERS.into_iter().flat_map(of).collect();
+        let consumers = CONSUMERS.into_iter().flat_map(of).collect();
         let apis = of("order-api");
         Self {
             postgres: database(ports.postgres, "orders_owner", "orders"),

@@ -26,6 +26,8 @@ const SERVICES: [(&str, u16); 7] = [
     ("messages", 8092),
     ("acks", 8093),
 ];
+/// The consumers, each called by its handler.
+pub(crate) const CONSUMERS: [&str; 4] = ["pharmacy", "fulfillment", "messages", "acks"];
 /// Further instances (`--scale`) take the next free ports from here, in the order of `SERVICES`.
 const FURTHER: u16 = 8100;
 const FURTHER_TO: u16 = 8999;

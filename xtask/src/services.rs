@@ -12,7 +12,7 @@ use crate::{
     failure::{Explain, Failure, Result},
     layout::Layout,
     logs,
-    ports::{Instance, Ports},
+    ports::{CONSUMERS, Instance, Ports},
     prerequisites,
     progress::Progress,
     spec::{Layer, Probe, Spec, open_log},
@@ -24,9 +24,6 @@ const GRACE: Duration = Duration::from_secs(20);
 /// The packages of the services, and this one: its manifest names every feature of every dependency that any
 /// build of the workspace wants, so that whatever is built together with it compiles each dependency once.
 const PACKAGES: [&str; 4] = ["order-api", "cdc-relay", "consumer", "xtask"];
-
-/// The consumers, each called by its handler.
-pub(crate) const CONSUMERS: [&str; 4] = ["pharmacy", "fulfillment", "messages", "acks"];
 
 /// The topic that a consumer reads.
 pub(crate) fn topic(consumer: &str) -> &'static str {
