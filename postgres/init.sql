@@ -208,6 +208,7 @@ BEGIN
             ('orders_by_customer', 'orders (customer_id, created_at, order_id)'),
             ('orders_by_status', 'orders (status, created_at, order_id)'),
             ('messages_due', 'messages (due_at) WHERE due_at IS NOT NULL'),
+            ('messages_acknowledged', 'messages (message_id) WHERE acknowledged_at IS NOT NULL'),
             ('messages_undelivered', 'messages (undelivered_at, message_id) WHERE undelivered_at IS NOT NULL'),
             ('idempotency_keys_by_time', 'idempotency_keys (created_at)'),
             ('inbox_by_time', 'inbox (applied_at)')

@@ -72,24 +72,29 @@ async fn forget_keys(store: &Store, older_than: Duration) {
 /// Puts messages whose time is up in the outbox again, or gives them up, and counts what there is then.
 async fn redeliver(context: &Context) -> Result<(), String> {
     let Context { store, metrics, messages, .. } = context;
-    loop {
-        let count = store.redeliver_due(messages.max_attempts).await?;
-        metrics.messages_redelivered.inc_by(count);
-        if count == 0 {
-            break;
+    // What is wrong with one of them does not keep the others, nor the numbers, from being looked at.
+    let redelivered = loop {
+        match store.redeliver_due(messages.max_attempts).await {
+            Ok(0) => break Ok(()),
+            Ok(count) => {
+                metrics.messages_redelivered.inc_by(count);
+                tracing::info!(count, "put messages in the outbox again that were not acknowledged in time");
+            }
+            Err(why) => break Err(why),
         }
-        tracing::info!(count, "put messages in the outbox again that were not acknowledged in time");
-    }
-    loop {
-        let count = store.give_up_due(messages.max_attempts).await?;
-        metrics.messages_given_up.inc_by(count);
-        if count == 0 {
-            break;
+    };
+    let given_up = loop {
+        match store.give_up_due(messages.max_attempts).await {
+            Ok(0) => break Ok(()),
+            Ok(count) => {
+                metrics.messages_given_up.inc_by(count);
+                tracing::warn!(count, "messages are undelivered: see GET /api/messages?state=undelivered");
+            }
+            Err(why) => break Err(why),
         }
-        tracing::warn!(count, "messages are undelivered: see GET /api/messages?state=undelivered");
-    }
+    };
     let (waiting, undelivered) = store.count_messages().await?;
     metrics.messages_waiting.set(waiting);
     metrics.messages_undelivered.set(undelivered);
-    Ok(())
+    redelivered.and(given_up)
 }

@@ -31,11 +31,17 @@ pub struct Limits {
     pub connections: usize,
     /// How long a request's head may take, and how long a connection may be idle before it.
     pub head_timeout: Duration,
+    /// How long an answer may wait for a client that reads nothing of it (Linux; elsewhere the system decides).
+    pub unread_timeout: Duration,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { connections: 1024, head_timeout: Duration::from_secs(10) }
+        Self {
+            connections: 1024,
+            head_timeout: Duration::from_secs(10),
+            unread_timeout: Duration::from_secs(30),
+        }
     }
 }
 
@@ -91,6 +97,14 @@ async fn converse(stream: TcpStream, peer: SocketAddr, router: Router, limits: L
     // An answer in two segments would wait for the client's delayed acknowledgement of the first.
     if let Err(e) = stream.set_nodelay(true) {
         tracing::debug!(error = %e, "cannot set TCP_NODELAY");
+    }
+    // A client that does not read its answer is not waited for without end, nor one that is gone without a word.
+    #[cfg(target_os = "linux")]
+    if let Err(e) = rustix::net::sockopt::set_tcp_user_timeout(
+        &stream,
+        u32::try_from(limits.unread_timeout.as_millis()).unwrap_or(u32::MAX),
+    ) {
+        tracing::debug!(error = %e, "cannot set TCP_USER_TIMEOUT");
     }
     let answer = service_fn(move |mut request: Request<Incoming>| {
         request.extensions_mut().insert(Peer(peer));
@@ -154,6 +168,7 @@ mod tests {
             let (here, held) = (arrived.clone(), release.clone());
             let router = Router::new()
                 .route("/", get(|Extension(peer): Extension<Peer>| async move { peer.0.to_string() }))
+                .route("/large", get(|| async { vec![0_u8; 32 << 20] }))
                 .route(
                     "/slow",
                     get(move || async move {
@@ -235,6 +250,22 @@ mod tests {
         assert!(read_until(&mut third, &own).contains("200 OK"));
         server.release.notify_one();
         read_until(&mut second, "slow");
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_client_that_reads_nothing_does_not_keep_its_connection() {
+        let limits =
+            Limits { connections: 1, unread_timeout: Duration::from_millis(300), ..Limits::default() };
+        let server = Server::start(limits);
+        let mut deaf = server.connect();
+        // More than the system buffers on its way.
+        deaf.write_all(b"GET /large HTTP/1.1\r\nhost: x\r\n\r\n").unwrap();
+        // There is room for one, so whoever is answered has come after it.
+        let mut next = server.connect();
+        let own = next.local_addr().unwrap().to_string();
+        assert!(Server::ask(&mut next, "/", &own).contains("200 OK"));
+        drop(deaf);
     }
 
     #[test]

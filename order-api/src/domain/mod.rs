@@ -19,7 +19,7 @@ pub(crate) use message::{MAX_HEADER_NAME_BYTES, MAX_KAFKA_NAME_BYTES};
 pub use money::{Amount, Currency, MAX_PRICE, parse_decimal};
 pub(crate) use order::total;
 pub use order::{Item, MAX_ITEMS, MAX_QUANTITY, MAX_VERSION, NewOrder, Order, Status};
-pub use payload::{MAX_NUMBER_DIGITS, MAX_PAYLOAD_DEPTH, Payload};
+pub use payload::{MAX_NUMBER_DIGITS, MAX_PAYLOAD_BYTES, MAX_PAYLOAD_DEPTH, Payload};
 pub(crate) use text::MAX_ID_BYTES;
 pub use text::{
     CustomerId, ItemName, MAX_MESSAGE_KEY_CHARS, MAX_NAME_CHARS, MAX_NOTES_CHARS, MAX_REASON_CHARS,

@@ -5,6 +5,10 @@ use std::collections::HashSet;
 use serde::Serialize;
 use serde_json::value::RawValue;
 
+/// The largest payload, in bytes as Postgres writes it: with key and headers it fits into what a Kafka topic takes by default
+/// (`max.message.bytes`, 1048588). A larger one would be the relay's to refuse, after the client was told that all is well.
+pub const MAX_PAYLOAD_BYTES: usize = 900 * 1024;
+
 /// How deep a payload may be nested; many parsers of JSON end at 128.
 pub const MAX_PAYLOAD_DEPTH: usize = 100;
 

@@ -7,7 +7,7 @@ use axum::{
     extract::{Path, Request, State, rejection::PathRejection},
     http::StatusCode,
 };
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, Datelike, Utc};
 use serde::Serialize;
 use utoipa::ToSchema;
 
@@ -103,9 +103,10 @@ fn version(text: String) -> Result<String, String> {
 
 #[expect(clippy::needless_pass_by_value, reason = "the field hands its text over")]
 fn time(text: String) -> Result<DateTime<Utc>, String> {
-    DateTime::parse_from_rfc3339(&text)
-        .map(|time| time.to_utc())
-        .map_err(|_| "must be a time such as 2026-01-31T12:00:00Z".into())
+    let time = DateTime::parse_from_rfc3339(&text).map(|time| time.to_utc()).ok();
+    // In UTC it may be of a year that has no four digits.
+    let time = time.filter(|time| (0..=9999).contains(&time.year()));
+    time.ok_or_else(|| "must be a time such as 2026-01-31T12:00:00Z".into())
 }
 
 #[cfg(test)]
@@ -140,6 +141,8 @@ mod tests {
             ("state", json!("waiting_for_kafka"), json!("a b")),
             ("started", json!("0001-01-01T00:00:00Z"), json!("2026-01-31")),
             ("started", json!("9999-12-31T23:59:59Z"), json!(1_769_860_800)),
+            ("started", json!("9999-12-31T22:58:59-01:00"), json!("9999-12-31T23:59:59-01:00")),
+            ("started", json!("0000-01-01T01:00:00+01:00"), json!("0000-01-01T00:59:59+01:00")),
         ] {
             let with = |value: Value| {
                 let mut body = good();

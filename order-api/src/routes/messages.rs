@@ -22,8 +22,8 @@ use super::{
 };
 use crate::{
     domain::{
-        Headers, KafkaName, MAX_ACK_TIMEOUT_SECONDS, MAX_GROUPS, MAX_HEADERS, Message, MessageKey,
-        MessageState, NewMessage, Payload,
+        Headers, KafkaName, MAX_ACK_TIMEOUT_SECONDS, MAX_GROUPS, MAX_HEADERS, MAX_PAYLOAD_BYTES, Message,
+        MessageKey, MessageState, NewMessage, Payload,
     },
     error::Error,
     store::Answer,
@@ -228,7 +228,7 @@ fn topic(object: &Object<'_>, context: &Context, errors: &mut Errors) -> Option<
 
 fn payload(name: &str, object: &Object<'_>, context: &Context, errors: &mut Errors) -> Option<Payload> {
     let field = object.required(name, errors)?;
-    let payload = Payload::parse(field.raw, context.body_limit_bytes);
+    let payload = Payload::parse(field.raw, context.body_limit_bytes.min(MAX_PAYLOAD_BYTES));
     payload.map_err(|what| errors.add(field.pointer, what)).ok()
 }
 

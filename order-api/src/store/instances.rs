@@ -27,7 +27,7 @@ WITH forgotten AS (
 INSERT INTO public.instances (instance_id, service, version, started_at, state, heartbeat_at)
 SELECT $1, $2, $3, $4, $5, now()
 WHERE EXISTS (SELECT FROM public.instances WHERE instance_id = $1)
-   OR (SELECT count(*) FROM public.instances) < $7
+   OR (SELECT count(*) FROM public.instances WHERE heartbeat_at >= now() - make_interval(secs => $6)) < $7
 ON CONFLICT (instance_id) DO UPDATE
     SET service = EXCLUDED.service, version = EXCLUDED.version, started_at = EXCLUDED.started_at,
         state = EXCLUDED.state, heartbeat_at = EXCLUDED.heartbeat_at

@@ -212,10 +212,13 @@ fn sqlstate(error: &sqlx::Error) -> Option<String> {
     error.as_database_error().and_then(sqlx::error::DatabaseError::code).map(Into::into)
 }
 
-/// Whether the connection is gone. The administrator's shutdown (57P01 to 57P03) may come after the commit.
+/// Whether the connection is gone. The administrator's shutdown (57P01 to 57P03) may come after the commit; 25P03 and 25P04
+/// come to who has held a transaction open for too long.
 fn is_lost(error: &sqlx::Error) -> bool {
     match sqlstate(error) {
-        Some(code) => code.starts_with("57P") || code.starts_with("08"),
+        Some(code) => {
+            code.starts_with("57P") || code.starts_with("08") || matches!(code.as_str(), "25P03" | "25P04")
+        }
         None => matches!(error, sqlx::Error::Io(_) | sqlx::Error::Tls(_) | sqlx::Error::Protocol(_)),
     }
 }

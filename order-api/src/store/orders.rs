@@ -108,12 +108,6 @@ impl Store {
         loop {
             let doubt = retry.doubt;
             let work = async |c: &mut PgConnection| {
-                if doubt
-                    && let Some(version) = written(c, id, event_id).await?
-                    && let Some(answer) = tried.remove(&version)
-                {
-                    return Ok(Ok(Attempt::Done(answer)));
-                }
                 let mut decide = |order: &Order| {
                     let decision = decide(order)?;
                     if let Decision::Write(event, _, answer) = &decision {
@@ -127,15 +121,21 @@ impl Store {
                 } else {
                     change.attempt(c, &mut decide).await
                 };
-                match attempt {
-                    Ok(Ok(attempt)) => Ok(Ok(attempt)),
-                    // Perhaps because it has been done before.
-                    Ok(Err(error)) => Ok(keys::known(c, key).await?.unwrap_or(Err(error)).map(Attempt::Done)),
-                    Err(error) if is_duplicate(&error) => match keys::known(c, key).await? {
-                        Some(known) => Ok(known.map(Attempt::Done)),
-                        None => Err(error),
-                    },
-                    Err(error) => Err(error),
+                let failed = match attempt {
+                    Ok(Ok(attempt)) => return Ok(Ok(attempt)),
+                    Err(error) if !is_duplicate(&error) => return Err(error),
+                    failed => failed,
+                };
+                // Perhaps because it has been done before: by an attempt whose end was not heard, or for the same key.
+                if doubt
+                    && let Some(version) = written(c, id, event_id).await?
+                    && let Some(answer) = tried.remove(&version)
+                {
+                    return Ok(Ok(Attempt::Done(answer)));
+                }
+                match keys::known(c, key).await? {
+                    Some(known) => Ok(known.map(Attempt::Done)),
+                    None => failed,
                 }
             };
             match self.with_connection(work).await {
