@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use order_api::config::Config;
+use order_api::{config::Config, domain::MAX_PAYLOAD_BYTES};
 use proptest::{prelude::*, strategy::ValueTree as _, test_runner::TestRunner};
 use serde_json::{Value, json};
 use uuid::Uuid;
@@ -276,6 +276,21 @@ fn topics_that_are_not_listed_are_closed() {
     let others = detail(&stage.service_with(|c| c.messages.topics = vec!["a".into(), "b".into()]));
     assert!(others.contains("must be one of a, b, which messages.topics"), "{others}");
     assert_eq!(stage.count("messages"), 0);
+}
+
+#[test]
+fn a_payload_is_never_more_than_a_topic_takes() {
+    let stage = Stage::new();
+    let service = stage.service_with(|c| c.http.body_limit_bytes = 4 << 20);
+    let with = |bytes: usize| {
+        let mut body = message();
+        // With its quotes.
+        body["payload"] = json!("x".repeat(bytes - 2));
+        post(&service, PATH, &body)
+    };
+    assert_eq!(with(MAX_PAYLOAD_BYTES).status, 201);
+    assert_eq!(with(MAX_PAYLOAD_BYTES + 1).wrong_fields(), ["/payload"]);
+    assert_eq!(stage.count("outbox"), 1);
 }
 
 #[test]
