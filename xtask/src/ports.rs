@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File},
-    net::{Ipv4Addr, TcpListener},
+    net::{Ipv4Addr, SocketAddr, TcpListener},
     path::Path,
 };
 
@@ -119,6 +119,13 @@ fn lay_out<E>(
         }
     }
     Ok(ports)
+}
+
+/// An address that nobody listens on, and that no outgoing connection takes before somebody does.
+pub(crate) fn free() -> Result<SocketAddr> {
+    let port = (FURTHER..=FURTHER_TO).find(|port| is_free(*port));
+    let port = port.ok_or_else(|| Failure::new(format!("no free port from {FURTHER} to {FURTHER_TO}")))?;
+    Ok((Ipv4Addr::LOCALHOST, port).into())
 }
 
 fn is_free(port: u16) -> bool {

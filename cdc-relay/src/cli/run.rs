@@ -36,6 +36,7 @@ pub(super) fn run(settings: Settings) -> Result<(), Failure> {
         let mut registry = metrics::registry("cdc_relay");
         shared.metrics.register(&mut registry);
         let address = listener.local_addr().map_err(|e| internal("tell the address", e))?;
+        tracing::info!(%address, slot = shared.settings.slot, "starting");
         let administration = dlq::api::router(Arc::clone(&shared.redrives));
         let administration = access::guard(administration, address, &shared.settings.admin_token);
         let router = health::router(shared.health.clone(), Arc::new(registry)).merge(administration);

@@ -2,7 +2,6 @@
 
 use std::{
     ffi::{OsStr, OsString},
-    net::TcpListener,
     process::{Command, Output},
 };
 
@@ -29,7 +28,7 @@ impl Clerk {
         let mut command = command(database);
         command.envs(morgue.environment());
         let environment = command.get_envs().map(|(k, v)| (k.to_owned(), v.map(OsStr::to_owned))).collect();
-        Self { program: command.get_program().to_owned(), environment, url: relay.url.clone() }
+        Self { program: command.get_program().to_owned(), environment, url: relay.url().unwrap() }
     }
 
     fn command(&self, arguments: &[&str]) -> Command {
@@ -349,11 +348,8 @@ fn post(url: &str, token: Option<&str>, kind: &str, body: &str) -> (u16, String)
     (response.status().as_u16(), text)
 }
 
-/// An address on all interfaces, and the URL of it here.
-fn open_address() -> (String, String) {
-    let port = TcpListener::bind("0.0.0.0:0").unwrap().local_addr().unwrap().port();
-    (format!("0.0.0.0:{port}"), format!("http://127.0.0.1:{port}"))
-}
+/// On all interfaces.
+const OPEN: (&str, &str) = ("CDC_RELAY_HTTP__LISTEN", "0.0.0.0:0");
 
 #[test]
 fn whoever_has_no_token_cannot_redrive_over_the_network() {
@@ -361,18 +357,17 @@ fn whoever_has_no_token_cannot_redrive_over_the_network() {
     let morgue = Morgue::new(&[("unroutable", "dead-letter")]);
     init(&database);
     let json = "application/json";
-    let (address, url) = open_address();
     let environment = morgue.environment();
-    let relay =
-        Relay::start(&database, &[&environment[..], &[("CDC_RELAY_HTTP__LISTEN", &address)]].concat());
+    let relay = Relay::start(&database, &[&environment[..], &[OPEN]].concat());
+    let url = relay.url().unwrap();
     let (status, why) = post(&url, None, json, r#"{"letters": []}"#);
     assert_eq!(status, 403);
     assert!(why.contains("http.admin_token is not set"), "{why}");
     relay.stop();
 
-    let (address, url) = open_address();
-    let further = [("CDC_RELAY_HTTP__LISTEN", address.as_str()), ("CDC_RELAY_HTTP__ADMIN_TOKEN", "s3cret")];
+    let further = [OPEN, ("CDC_RELAY_HTTP__ADMIN_TOKEN", "s3cret")];
     let relay = Relay::start(&database, &[&environment[..], &further[..]].concat());
+    let url = relay.url().unwrap();
     assert_eq!(post(&url, None, json, r#"{"letters": []}"#).0, 401);
     assert_eq!(post(&url, Some("wrong"), json, r#"{"letters": []}"#).0, 401);
     let (status, report) = post(&url, Some("s3cret"), json, r#"{"letters": []}"#);

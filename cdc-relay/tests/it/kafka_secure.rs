@@ -32,15 +32,19 @@ struct Secure {
     expired: String,
 }
 
+/// Below those that Linux gives to outgoing connections (32768 and up) and those of whole stacks (20000 and up): what
+/// is free now stays free until the broker takes it.
+fn free_ports<const N: usize>() -> [u16; N] {
+    let mut free = (12_000..20_000).filter(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok());
+    std::array::from_fn(|_| free.next().expect("a free port"))
+}
+
 impl Secure {
     fn start() -> Self {
         let dir = folder("secure");
         let (ours, another) = (Authority::new(&dir, "ours"), Authority::new(&dir, "another"));
         let (server, old) = (ours.certificate("localhost", 2099), ours.certificate("localhost", 2021));
-        // Bound and let go: nothing else takes them in between on a machine of our own.
-        let sockets = [(); 3].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
-        let [scram, mutual, expired] =
-            sockets.map(|s| format!("localhost:{}", s.local_addr().unwrap().port()));
+        let [scram, mutual, expired] = free_ports().map(|port| format!("localhost:{port}"));
         let listeners = format!("SCRAM://{scram},MUTUAL://{mutual},EXPIRED://{expired}");
         let settings = [
             format!("listeners+={listeners}"),

@@ -2,7 +2,6 @@
 
 use std::{
     io::{BufRead as _, BufReader},
-    net::TcpListener,
     process::{Child, Command, ExitStatus, Output, Stdio},
     sync::{Arc, Mutex},
     thread::JoinHandle,
@@ -29,7 +28,6 @@ pub(crate) fn init(database: &Database) -> Output {
 
 pub(crate) struct Relay {
     pub(crate) child: Child,
-    pub(crate) url: String,
     log: Arc<Mutex<String>>,
     reader: Option<JoinHandle<()>>,
 }
@@ -37,11 +35,9 @@ pub(crate) struct Relay {
 impl Relay {
     /// Starts `cdc-relay run` with further environment, and does not wait.
     pub(crate) fn spawn(database: &Database, environment: &[(&str, &str)]) -> Self {
-        // Bound and let go: nothing else takes it in between on a machine of our own.
-        let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let mut child = command(database)
             .arg("run")
-            .env("CDC_RELAY_HTTP__LISTEN", address.to_string())
+            .env("CDC_RELAY_HTTP__LISTEN", "127.0.0.1:0")
             .envs(environment.iter().copied())
             .stderr(Stdio::piped())
             .spawn()
@@ -55,9 +51,14 @@ impl Relay {
                 log.push('\n');
             }
         });
-        let listen = environment.iter().find(|(name, _)| *name == "CDC_RELAY_HTTP__LISTEN");
-        let address = listen.map_or(address.to_string(), |(_, l)| l.replace("0.0.0.0", "127.0.0.1"));
-        Self { child, url: format!("http://{address}"), log, reader: Some(reader) }
+        Self { child, log, reader: Some(reader) }
+    }
+
+    /// Where it serves, by its own word; nothing before it has its port.
+    pub(crate) fn url(&self) -> Option<String> {
+        let log = self.log();
+        let address = log.split_once("address=")?.1.split_whitespace().next()?;
+        Some(format!("http://{}", address.replace("0.0.0.0", "127.0.0.1")))
     }
 
     /// Starts it and waits until it streams.
@@ -78,7 +79,7 @@ impl Relay {
 
     fn get(&self, path: &str) -> Option<String> {
         let agent: ureq::Agent = ureq::Agent::config_builder().http_status_as_error(false).build().into();
-        agent.get(format!("{}{path}", self.url)).call().ok()?.body_mut().read_to_string().ok()
+        agent.get(format!("{}{path}", self.url()?)).call().ok()?.body_mut().read_to_string().ok()
     }
 
     /// A metric without labels.

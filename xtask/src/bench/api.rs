@@ -17,7 +17,6 @@ use sqlx::{Connection, PgConnection};
 use tokio::process::{Child, Command};
 
 use super::{
-    arm::free_address,
     drain::version,
     host::{self, Host},
     load::Load,
@@ -32,7 +31,7 @@ use crate::{
     failure::{Explain, Failure, Result},
     identity,
     layout::Layout,
-    logs, prerequisites,
+    logs, ports, prerequisites,
     progress::Progress,
     services,
     spec::{Probe, open_log},
@@ -166,7 +165,7 @@ impl Bench<'_> {
 
     async fn over_http(&self) -> Result<Run> {
         let before = self.counts().await?;
-        let address = free_address()?;
+        let address = ports::free()?;
         let mut api = self.start_api(address).await?;
         let load = Load {
             address,

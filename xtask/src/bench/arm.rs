@@ -3,7 +3,6 @@
 use std::{
     collections::BTreeMap,
     fs::File,
-    net::{SocketAddr, TcpListener},
     path::{Path, PathBuf},
     process::Stdio,
     time::{Duration, Instant},
@@ -23,7 +22,7 @@ use super::{
 use crate::{
     ending,
     failure::{Explain, Failure, Result},
-    identity, kafka, logs, prerequisites,
+    identity, kafka, logs, ports, prerequisites,
     spec::open_log,
     topics::{self, Topic},
 };
@@ -172,7 +171,7 @@ impl Trial<'_> {
         let topic = format!("bench-{}", self.number);
         let new = Topic { name: topic.clone(), partitions: PARTITIONS, settings: BTreeMap::new() };
         topics::create(&self.servers.kafka, vec![new], kafka::replication(1)).await?;
-        let listen = free_address()?.to_string();
+        let listen = ports::free()?.to_string();
         let command = |word: &str| -> Result<Command> {
             let mut command = self.command(binary)?;
             relay_env(&mut command, self.servers, &self.slot);
@@ -303,12 +302,6 @@ pub(super) async fn walsender(connection: &mut PgConnection, slot: &str) -> Resu
             .await
             .explain(|| format!("look at the slot {slot}"))?;
     Ok(pid.and_then(|pid| u32::try_from(pid).ok()))
-}
-
-/// An address that nobody listens on.
-pub(super) fn free_address() -> Result<SocketAddr> {
-    let address = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr());
-    address.explain(|| "find a free port".to_owned())
 }
 
 /// How many records Kafka has acknowledged; none before the relay answers.
