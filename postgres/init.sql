@@ -160,6 +160,35 @@ CREATE TABLE IF NOT EXISTS public.inbox (
     PRIMARY KEY (consumer_group, event_id)
 );
 
+-- The group of the handler `acks`, which can be paused, and its dead letters: as every consumer has them (consumer/migrations).
+CREATE TABLE IF NOT EXISTS public.consumer_groups (
+    consumer_group text PRIMARY KEY,
+    paused_at      timestamptz,
+    paused_for     text
+);
+CREATE TABLE IF NOT EXISTS public.dead_letters (
+    consumer_group text        NOT NULL,
+    topic          text        NOT NULL,
+    partition      integer     NOT NULL,
+    record_offset  bigint      NOT NULL,
+    key            bytea,
+    event_type     text,
+    written_at     timestamptz,
+    reason         text        NOT NULL,
+    error          text        NOT NULL,
+    attempts       integer     NOT NULL,
+    blocks_key     boolean     NOT NULL,
+    dead_at        timestamptz NOT NULL DEFAULT now(),
+    dlq_partition  integer,
+    dlq_offset     bigint,
+    redrives       integer     NOT NULL DEFAULT 0,
+    redriven_at    timestamptz,
+    settled_at     timestamptz,
+    outcome        text CHECK (outcome IN ('applied', 'discarded')),
+    PRIMARY KEY (consumer_group, topic, partition, record_offset),
+    CHECK ((settled_at IS NULL) = (outcome IS NULL))
+);
+
 -- Answers to requests with an Idempotency-Key, written in the transaction of the work they tell of.
 CREATE TABLE IF NOT EXISTS public.idempotency_keys (
     -- The name of the client's token; empty where none is asked for.
@@ -211,7 +240,8 @@ BEGIN
             ('messages_acknowledged', 'messages (message_id) WHERE acknowledged_at IS NOT NULL'),
             ('messages_undelivered', 'messages (undelivered_at, message_id) WHERE undelivered_at IS NOT NULL'),
             ('idempotency_keys_by_time', 'idempotency_keys (created_at)'),
-            ('inbox_by_time', 'inbox (applied_at)')
+            ('inbox_by_time', 'inbox (applied_at)'),
+            ('dead_letters_open', 'dead_letters (consumer_group, dead_at) WHERE settled_at IS NULL')
         ) AS index_on (index_name, definition)
         WHERE to_regclass('public.' || index_on.index_name) IS NULL
     LOOP
@@ -224,7 +254,8 @@ $$;
 -- Taken away first, so that this file says all there is.
 
 REVOKE ALL ON public.orders, public.order_items, public.order_events, public.outbox, public.messages,
-    public.message_acks, public.inbox, public.idempotency_keys, public.instances
+    public.message_acks, public.inbox, public.consumer_groups, public.dead_letters, public.idempotency_keys,
+    public.instances
     FROM PUBLIC, order_api, order_acks, cdc_relay;
 GRANT SELECT, INSERT ON public.orders, public.order_items, public.order_events TO order_api;
 GRANT UPDATE (status, version, total_amount, notes, payment_id, cancellation_reason, updated_at)
@@ -238,6 +269,7 @@ GRANT SELECT, INSERT, UPDATE, DELETE ON public.instances TO order_api;
 GRANT INSERT ON public.outbox TO order_api;
 -- The handler `acks` writes acknowledgements, and what follows from them.
 GRANT SELECT, INSERT ON public.inbox, public.message_acks TO order_acks;
+GRANT SELECT, INSERT, UPDATE ON public.consumer_groups, public.dead_letters TO order_acks;
 GRANT SELECT, UPDATE (due_at, acknowledged_at, undelivered_at) ON public.messages TO order_acks;
 -- Logical replication needs no privilege on the table; looking at it (checks, snapshots) does.
 GRANT SELECT ON public.outbox TO cdc_relay;

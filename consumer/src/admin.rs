@@ -15,7 +15,7 @@ use tokio::{task::JoinHandle, time::sleep};
 use crate::{
     decide::Cause,
     group::GroupConsumer,
-    handlers::Handler,
+    handler::Handler,
     metrics::Metrics,
     run::{Partition, Shared},
 };

@@ -25,7 +25,7 @@ use tokio::{
 use crate::{
     admin::{self, Probe, Situation},
     group::{self, GroupConsumer, GroupEvent, Listener, PartitionId},
-    handlers::Handler,
+    handler::Handler,
     run::{Partition, Shared, Worker},
 };
 

@@ -11,7 +11,7 @@ use service::{
 };
 use sqlx::postgres::PgConnectOptions;
 
-use crate::{database::Database, decide::Backoff, handlers::Name};
+use crate::{database::Database, decide::Backoff, handler::Tables, offer::Offer};
 
 /// Every key with its default, as `config example` prints it.
 pub(crate) const EXAMPLE: &str = include_str!("config.example.toml");
@@ -40,6 +40,11 @@ pub(crate) struct ConsumerConfig {
     pub(crate) apply_timeout_seconds: u64,
     pub(crate) retry_first_ms: u64,
     pub(crate) retry_max_ms: u64,
+    pub(crate) retries_max: u32,
+    pub(crate) on_failure: String,
+    pub(crate) on_gap: String,
+    pub(crate) gap_wait_seconds: u64,
+    pub(crate) gap_url: String,
     pub(crate) drain_timeout_seconds: u64,
 }
 
@@ -52,6 +57,11 @@ impl Default for ConsumerConfig {
             apply_timeout_seconds: 30,
             retry_first_ms: 1000,
             retry_max_ms: 10_000,
+            retries_max: 3,
+            on_failure: String::new(),
+            on_gap: "accept".into(),
+            gap_wait_seconds: 30,
+            gap_url: String::new(),
             drain_timeout_seconds: 15,
         }
     }
@@ -136,13 +146,33 @@ pub(crate) struct Log(pub(crate) LogConfig);
 /// The configuration, checked: what the rest of the program takes.
 #[derive(Debug, Clone)]
 pub(crate) struct Settings {
-    pub(crate) handler: Name,
+    pub(crate) handler: &'static str,
     pub(crate) limits: Limits,
+    pub(crate) policy: Policy,
     pub(crate) kafka: KafkaConfig,
     pub(crate) database: Database,
     pub(crate) listen: String,
     /// Who is told of this instance.
     pub(crate) fleet: Option<fleet::Settings>,
+}
+
+/// What becomes of an aggregate whose events are not as they should be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Policy {
+    /// Later records of a dead letter's key wait behind it.
+    pub(crate) park_key: bool,
+    pub(crate) gap: Gap,
+}
+
+/// What to do about an event whose predecessor has not been applied.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Gap {
+    /// Apply it all the same.
+    Accept,
+    /// The partition waits so long for the missing ones; then the event is dead-lettered.
+    Wait(Duration),
+    /// Get the missing ones from here: `{aggregate}` and `{after}` (a version) are filled in.
+    Fetch(String),
 }
 
 /// Every bound of the data path.
@@ -152,6 +182,8 @@ pub(crate) struct Limits {
     pub(crate) batch_bytes_max: usize,
     pub(crate) apply_timeout: Duration,
     pub(crate) backoff: Backoff,
+    /// How often an event that fails for a reason that may pass is tried again.
+    pub(crate) retries_max: u32,
     pub(crate) drain_timeout: Duration,
     pub(crate) commit_interval: Duration,
 }
@@ -161,14 +193,15 @@ impl Config {
     ///
     /// # Errors
     /// 64, naming the key.
-    pub(crate) fn check(self) -> Result<Settings, Failure> {
-        let handler: Name = self.consumer.handler.parse()?;
+    pub(crate) fn check(self, offer: &Offer) -> Result<Settings, Failure> {
         let c = &self.consumer;
         range("consumer.batch_records_max", c.batch_records_max as u64, 1, 10_000)?;
         range("consumer.batch_bytes_max", c.batch_bytes_max as u64, 1024, 64 << 20)?;
         range("consumer.apply_timeout_seconds", c.apply_timeout_seconds, 1, 300)?;
         range("consumer.retry_first_ms", c.retry_first_ms, 1, 60_000)?;
         range("consumer.retry_max_ms", c.retry_max_ms, c.retry_first_ms, 600_000)?;
+        range("consumer.retries_max", c.retries_max.into(), 0, 100)?;
+        range("consumer.gap_wait_seconds", c.gap_wait_seconds, 1, 86_400)?;
         range("consumer.drain_timeout_seconds", c.drain_timeout_seconds, 1, 120)?;
         range("kafka.commit_interval_ms", self.kafka.commit_interval_ms, 10, 60_000)?;
         let limits = Limits {
@@ -179,17 +212,59 @@ impl Config {
                 first: Duration::from_millis(c.retry_first_ms),
                 max: Duration::from_millis(c.retry_max_ms),
             },
+            retries_max: c.retries_max,
             drain_timeout: Duration::from_secs(c.drain_timeout_seconds),
             commit_interval: Duration::from_millis(self.kafka.commit_interval_ms),
         };
         Ok(Settings {
-            handler,
+            handler: offer.name(),
             limits,
-            kafka: check_kafka(self.kafka, handler)?,
+            policy: self.consumer.policy(offer)?,
+            kafka: check_kafka(self.kafka, offer)?,
             database: self.postgres.check()?,
             listen: self.http.0.listen,
             fleet: self.fleet.check()?,
         })
+    }
+}
+
+impl ConsumerConfig {
+    fn policy(&self, offer: &Offer) -> Result<Policy, Failure> {
+        let traits = offer.traits();
+        let own = matches!(traits.tables, Tables::Ours);
+        let park_key = match self.on_failure.as_str() {
+            "" => traits.versioned && own,
+            "park-key" if own => true,
+            "park-key" => {
+                let why = format!(
+                    "consumer.on_failure is park-key, and {} has no database of its own",
+                    offer.name()
+                );
+                return Err(Failure::configuration(why).hint("leave it out, or write skip"));
+            }
+            "skip" => false,
+            other => {
+                let why = format!("consumer.on_failure is {other:?}");
+                return Err(Failure::configuration(why).hint("write park-key or skip, or leave it empty"));
+            }
+        };
+        let gap = match self.on_gap.as_str() {
+            "accept" => Gap::Accept,
+            "wait" => Gap::Wait(Duration::from_secs(self.gap_wait_seconds)),
+            "fetch" if ["http://", "https://"].iter().any(|s| self.gap_url.starts_with(s)) => {
+                Gap::Fetch(self.gap_url.clone())
+            }
+            "fetch" => {
+                return Err(Failure::configuration(format!("consumer.gap_url is {:?}", self.gap_url)).hint(
+                    "consumer.on_gap = fetch needs where: http://127.0.0.1:8080/api/orders/{aggregate}/events?after={after}",
+                ));
+            }
+            other => {
+                let why = format!("consumer.on_gap is {other:?}");
+                return Err(Failure::configuration(why).hint("write accept, wait or fetch"));
+            }
+        };
+        Ok(Policy { park_key, gap })
     }
 }
 
@@ -231,13 +306,13 @@ impl PostgresConfig {
     }
 }
 
-fn check_kafka(mut kafka: KafkaConfig, handler: Name) -> Result<KafkaConfig, Failure> {
+fn check_kafka(mut kafka: KafkaConfig, offer: &Offer) -> Result<KafkaConfig, Failure> {
     if kafka.group.is_empty() {
-        handler.as_str().clone_into(&mut kafka.group);
+        offer.name().clone_into(&mut kafka.group);
     }
     if kafka.topics.is_empty() {
-        let topic = handler.topic().ok_or_else(|| {
-            let why = format!("kafka.topics is empty, and the handler {} takes any topic", handler.as_str());
+        let topic = offer.topic().ok_or_else(|| {
+            let why = format!("kafka.topics is empty, and the handler {} takes any topic", offer.name());
             Failure::configuration(why).hint("name at least one: --topics notifications")
         })?;
         kafka.topics.push(topic.to_owned());
@@ -310,6 +385,11 @@ mod tests {
         }
     }
 
+    fn check(config: Config) -> Result<Settings, Failure> {
+        let offer = Offer::choose(crate::handlers::all(), &config.consumer.handler)?;
+        config.check(&offer)
+    }
+
     fn valid() -> Config {
         let mut config = Config::default();
         config.consumer.handler = "pharmacy".into();
@@ -323,15 +403,15 @@ mod tests {
         // Every key is in it: one that is not would not be found by a reader.
         let keys: toml::Table = toml::from_str(EXAMPLE).unwrap();
         let count: usize = keys.values().filter_map(toml::Value::as_table).map(toml::Table::len).sum();
-        assert_eq!(count, 7 + 5 + 4 + 1 + 4 + 2);
+        assert_eq!(count, 12 + 5 + 4 + 1 + 4 + 2);
     }
 
     #[test]
     fn the_group_is_the_handlers_name_unless_told() {
-        assert_eq!(valid().check().unwrap().kafka.group, "pharmacy");
+        assert_eq!(check(valid()).unwrap().kafka.group, "pharmacy");
         let mut config = valid();
         config.kafka.group = "mine".into();
-        assert_eq!(config.check().unwrap().kafka.group, "mine");
+        assert_eq!(check(config).unwrap().kafka.group, "mine");
     }
 
     #[test]
@@ -339,14 +419,14 @@ mod tests {
         let with = |handler: &str| {
             let mut config = Config::default();
             config.consumer.handler = handler.into();
-            config.check().map(|settings| settings.kafka.topics)
+            check(config).map(|settings| settings.kafka.topics)
         };
         assert_eq!(with("fulfillment").unwrap(), ["order-events"]);
         assert_eq!(with("acks").unwrap(), ["order-acks"]);
         assert!(with("messages").unwrap_err().to_string().contains("--topics"));
         let mut config = valid();
         config.kafka.topics = vec!["a".into(), "b".into()];
-        assert_eq!(config.check().unwrap().kafka.topics, ["a", "b"]);
+        assert_eq!(check(config).unwrap().kafka.topics, ["a", "b"]);
     }
 
     #[test]
@@ -354,7 +434,7 @@ mod tests {
         for handler in ["", "pharmacie"] {
             let mut config = valid();
             config.consumer.handler = handler.into();
-            let failure = config.check().unwrap_err();
+            let failure = check(config).unwrap_err();
             assert_eq!(failure.kind.code(), 64);
             assert!(failure.to_string().contains("fulfillment"), "{failure}");
         }
@@ -365,23 +445,23 @@ mod tests {
         for name in ["enable.auto.commit", "group.id", "isolation.level", "acks", "auto.offset.reset"] {
             let mut config = valid();
             config.kafka.properties.insert(name.into(), "x".into());
-            let failure = config.check().unwrap_err();
+            let failure = check(config).unwrap_err();
             assert_eq!(failure.kind.code(), 64);
             assert!(failure.message.contains(name), "{failure}");
         }
         let mut config = valid();
         config.kafka.properties.insert("security.protocol".into(), "ssl".into());
-        config.check().unwrap();
+        check(config).unwrap();
     }
 
     #[test]
     fn numbers_out_of_range_name_the_key() {
         let mut config = valid();
         config.consumer.batch_records_max = 0;
-        assert!(config.check().unwrap_err().message.contains("consumer.batch_records_max"));
+        assert!(check(config).unwrap_err().message.contains("consumer.batch_records_max"));
         let mut config = valid();
         config.consumer.retry_max_ms = 1;
-        assert!(config.check().unwrap_err().message.contains("consumer.retry_max_ms"));
+        assert!(check(config).unwrap_err().message.contains("consumer.retry_max_ms"));
     }
 
     #[test]

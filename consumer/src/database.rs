@@ -10,7 +10,7 @@ use sqlx::{
 };
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::{decide::Backoff, handlers::Tables};
+use crate::{decide::Backoff, handler::Tables};
 
 static MIGRATIONS: Migrator = sqlx::migrate!();
 
@@ -26,19 +26,36 @@ pub(crate) struct Database {
 }
 
 impl Database {
-    /// Connects, and makes or checks the tables; waits for a database that does not answer, up to the configured
-    /// time. `name` is what the server knows us by.
+    /// Connections that are made when they are needed. `name` is what the server knows us by.
+    pub(crate) fn pool(&self, name: &str) -> PgPool {
+        PgPoolOptions::new()
+            .max_connections(self.connections_max)
+            .acquire_timeout(CONNECT_TIMEOUT)
+            .connect_lazy_with(self.options(name))
+    }
+
+    fn options(&self, name: &str) -> PgConnectOptions {
+        self.options.clone().application_name(name).disable_statement_logging()
+    }
+
+    /// Makes or checks the tables; waits for a database that does not answer, up to the configured
+    /// time.
     ///
     /// # Errors
     /// 69 when the database refuses us for good, 75 when the time is over.
-    pub(crate) async fn open(&self, name: &str, tables: Tables) -> Result<PgPool, Failure> {
-        let options = self.options.clone().application_name(name).disable_statement_logging();
+    pub(crate) async fn prepare(
+        &self,
+        name: &str,
+        tables: Tables,
+        schema: &'static str,
+    ) -> Result<(), Failure> {
+        let options = self.options(name);
         let give_up = Instant::now() + self.start_timeout;
         let backoff = Backoff { first: Duration::from_millis(200), max: Duration::from_secs(3) };
         let mut attempt = 1;
         loop {
-            let error = match prepare(&options, tables).await {
-                Ok(missing) if missing.is_empty() => break,
+            let error = match prepare(&options, tables, schema).await {
+                Ok(missing) if missing.is_empty() => return Ok(()),
                 Ok(missing) => return Err(lacking(&missing, &options, tables)),
                 Err(e) => refusal(&e, &options, tables)?,
             };
@@ -55,17 +72,17 @@ impl Database {
             sleep(backoff.after(attempt, fastrand::f64())).await;
             attempt += 1;
         }
-        Ok(PgPoolOptions::new()
-            .max_connections(self.connections_max)
-            .acquire_timeout(CONNECT_TIMEOUT)
-            .connect_lazy_with(options))
     }
 }
 
 /// Makes or checks the tables, over a connection of its own, because the pool hides why a connection fails. What is
 /// missing and not ours to make is given back. Several instances may do so at once: the migrator holds an advisory
 /// lock.
-async fn prepare(options: &PgConnectOptions, tables: Tables) -> Result<Vec<String>, MigrateError> {
+async fn prepare(
+    options: &PgConnectOptions,
+    tables: Tables,
+    schema: &'static str,
+) -> Result<Vec<String>, MigrateError> {
     let connecting = timeout(CONNECT_TIMEOUT, PgConnection::connect_with(options));
     let mut connection = connecting.await.map_err(|_| sqlx::Error::PoolTimedOut)??;
     let missing = match tables {
@@ -87,6 +104,15 @@ async fn prepare(options: &PgConnectOptions, tables: Tables) -> Result<Vec<Strin
             .await?
         }
     };
+    if !schema.is_empty() && missing.is_empty() {
+        let mut transaction = connection.begin().await?;
+        // One instance at a time: two that make a table at once would both find it missing.
+        sqlx::query("SELECT pg_advisory_xact_lock(hashtextextended('consumer schema', 0))")
+            .execute(&mut *transaction)
+            .await?;
+        sqlx::raw_sql(schema).execute(&mut *transaction).await?;
+        transaction.commit().await?;
+    }
     connection.close().await?;
     Ok(missing)
 }

@@ -2,13 +2,15 @@
 //!
 //! The rule is who is at fault. The record itself: it is dead-lettered, at once, because trying again changes
 //! nothing. Anything else (the database is away, a deadlock, Kafka is away, a missing grant): the same work is
-//! tried again until it succeeds, because the next record would fare no better and giving up would lose one.
+//! tried again until it succeeds, because the next record would fare no better and giving up would lose one. In
+//! between is what only this event meets and what may pass (a webhook that answers 503): a few attempts, then it is
+//! dead-lettered.
 
 use std::{fmt, time::Duration};
 
 /// Why a record was dead-lettered: the header `dlq.reason` and a metric's label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) enum Reason {
+pub enum Reason {
     /// The record has no key, so it belongs to no order.
     NoKey,
     /// The record's value is NULL: a tombstone tells nothing.
@@ -35,11 +37,19 @@ pub(crate) enum Reason {
     UnknownMessage,
     /// The database refused this one event's rows (SQLSTATE 22xxx, 23xxx, …).
     DatabaseRefused,
+    /// The handler refuses it, or what the handler asked does (a webhook's 4xx).
+    Refused,
+    /// It failed as often as it may, each time for a reason that might have passed.
+    RetriesExhausted,
+    /// The handler panicked.
+    HandlerPanicked,
+    /// An earlier event of its aggregate is missing.
+    VersionGap,
 }
 
 impl Reason {
     /// All of them: a metric that is there before its first case can be watched.
-    pub(crate) const ALL: [Self; 13] = [
+    pub(crate) const ALL: [Self; 17] = [
         Self::NoKey,
         Self::NoValue,
         Self::NotJson,
@@ -53,6 +63,10 @@ impl Reason {
         Self::NoMessageId,
         Self::UnknownMessage,
         Self::DatabaseRefused,
+        Self::Refused,
+        Self::RetriesExhausted,
+        Self::HandlerPanicked,
+        Self::VersionGap,
     ];
 
     /// The word in the header and the label.
@@ -71,20 +85,24 @@ impl Reason {
             Self::NoMessageId => "no_message_id",
             Self::UnknownMessage => "unknown_message",
             Self::DatabaseRefused => "database_refused",
+            Self::Refused => "refused",
+            Self::RetriesExhausted => "retries_exhausted",
+            Self::HandlerPanicked => "handler_panicked",
+            Self::VersionGap => "version_gap",
         }
     }
 }
 
 /// A record that can never be applied, and why.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Poison {
-    pub(crate) reason: Reason,
+pub struct Poison {
+    pub reason: Reason,
     /// For a person: which field, what was found.
-    pub(crate) error: String,
+    pub error: String,
 }
 
 impl Poison {
-    pub(crate) fn new(reason: Reason, error: impl Into<String>) -> Self {
+    pub fn new(reason: Reason, error: impl Into<String>) -> Self {
         Self { reason, error: error.into() }
     }
 }
@@ -97,18 +115,23 @@ impl fmt::Display for Poison {
 
 /// Whom a failed attempt waits for: a metric's label and the state in `/health/ready`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) enum Cause {
+pub enum Cause {
     /// The database is away, busy or refuses us.
     Database,
     /// The dead-letter topic does not exist or refuses us.
     DeadLetterTopic,
     /// Kafka does not acknowledge.
     Kafka,
+    /// An event fails for a reason that may pass.
+    Event,
+    /// An event's predecessor is missing.
+    Gap,
 }
 
 impl Cause {
     /// All of them.
-    pub(crate) const ALL: [Self; 3] = [Self::Database, Self::DeadLetterTopic, Self::Kafka];
+    pub(crate) const ALL: [Self; 5] =
+        [Self::Database, Self::DeadLetterTopic, Self::Kafka, Self::Event, Self::Gap];
 
     /// The word in the label.
     pub(crate) fn as_str(self) -> &'static str {
@@ -116,22 +139,26 @@ impl Cause {
             Self::Database => "database",
             Self::DeadLetterTopic => "dead_letter_topic",
             Self::Kafka => "kafka",
+            Self::Event => "event",
+            Self::Gap => "gap",
         }
     }
 }
 
 /// Why an attempt failed.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Fault {
-    /// Something in the records themselves.
+pub enum Fault {
+    /// Something in the records themselves, that no repetition changes.
     Record(Poison),
+    /// Something about these events that may pass: tried again a few times, then dead-lettered.
+    Transient(String),
     /// Something around us that a record is not to blame for.
     Around { cause: Cause, error: String },
 }
 
 impl Fault {
     /// The database is away, busy or refuses us, whatever the record.
-    pub(crate) fn database(error: impl fmt::Display) -> Self {
+    pub fn database(error: impl fmt::Display) -> Self {
         Self::Around { cause: Cause::Database, error: error.to_string() }
     }
 
@@ -177,10 +204,23 @@ impl Backoff {
 }
 
 /// What becomes of the record(s) after the `attempt`th attempt (from 1); `jitter` is uniform in 0..1.
-pub(crate) fn decide(outcome: Result<(), Fault>, attempt: u32, backoff: Backoff, jitter: f64) -> Decision {
+pub(crate) fn decide(
+    outcome: Result<(), Fault>,
+    attempt: u32,
+    retries_max: u32,
+    backoff: Backoff,
+    jitter: f64,
+) -> Decision {
     match outcome {
         Ok(()) => Decision::Apply,
         Err(Fault::Record(poison)) => Decision::DeadLetter(poison),
+        Err(Fault::Transient(error)) if attempt <= retries_max => {
+            Decision::Retry { after: backoff.after(attempt, jitter), cause: Cause::Event, error }
+        }
+        Err(Fault::Transient(error)) => {
+            let error = format!("still failing after {attempt} attempts: {error}");
+            Decision::DeadLetter(Poison::new(Reason::RetriesExhausted, error))
+        }
         Err(Fault::Around { cause, error }) => {
             Decision::Retry { after: backoff.after(attempt, jitter), cause, error }
         }
@@ -204,7 +244,7 @@ mod tests {
     #[test]
     fn only_what_the_record_is_to_blame_for_is_dead_lettered_and_only_at_once() {
         for code in ["22P05", "22003", "23505", "23514", "54000", "P0001"] {
-            let decision = decide(Err(Fault::from_sqlstate(code, "no")), 1, BACKOFF, 0.5);
+            let decision = decide(Err(Fault::from_sqlstate(code, "no")), 1, 3, BACKOFF, 0.5);
             let Decision::DeadLetter(poison) = decision else { panic!("{code}: {decision:?}") };
             assert_eq!(poison.reason, Reason::DatabaseRefused);
             assert!(poison.error.contains(code));
@@ -217,7 +257,7 @@ mod tests {
         for code in [
             "08006", "40001", "40P01", "53300", "57P01", "57P03", "28P01", "3D000", "42P01", "42501", "53100",
         ] {
-            let decision = decide(Err(Fault::from_sqlstate(code, "no")), 1_000_000, BACKOFF, 1.0);
+            let decision = decide(Err(Fault::from_sqlstate(code, "no")), 1_000_000, 3, BACKOFF, 1.0);
             assert!(
                 matches!(decision, Decision::Retry { after, cause: Cause::Database, .. } if after == BACKOFF.max),
                 "{code}: {decision:?}"
@@ -226,7 +266,24 @@ mod tests {
     }
 
     #[test]
+    fn what_may_pass_is_tried_again_as_often_as_told() {
+        let decided =
+            |attempt, retries| decide(Err(Fault::Transient("503".into())), attempt, retries, BACKOFF, 1.0);
+        let pauses: Vec<_> = (1..=3)
+            .map(|attempt| match decided(attempt, 3) {
+                Decision::Retry { after, cause: Cause::Event, .. } => after.as_secs(),
+                other => panic!("{other:?}"),
+            })
+            .collect();
+        assert_eq!(pauses, [1, 2, 4]);
+        for (attempt, retries) in [(4, 3), (1, 0)] {
+            let Decision::DeadLetter(poison) = decided(attempt, retries) else { panic!() };
+            assert_eq!(poison.reason, Reason::RetriesExhausted);
+        }
+    }
+
+    #[test]
     fn success_applies() {
-        assert_eq!(decide(Ok(()), 7, BACKOFF, 0.0), Decision::Apply);
+        assert_eq!(decide(Ok(()), 7, 3, BACKOFF, 0.0), Decision::Apply);
     }
 }

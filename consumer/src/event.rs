@@ -151,6 +151,8 @@ struct ItemBody<'a> {
 }
 
 impl Event for OrderEvent {
+    const VERSIONED: bool = true;
+
     fn parse(record: &Record<'_>) -> Result<Self, Poison> {
         parse(record.key, record.value)
     }
@@ -161,6 +163,10 @@ impl Event for OrderEvent {
 
     fn type_name(&self) -> &'static str {
         self.change.type_name()
+    }
+
+    fn version(&self) -> Option<(&str, i64)> {
+        Some((&self.order_id, self.version))
     }
 }
 

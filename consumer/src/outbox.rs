@@ -5,20 +5,20 @@ use uuid::Uuid;
 
 /// What is to be published. Its id is given here.
 #[derive(Debug)]
-pub(crate) struct Row<'a> {
-    pub(crate) aggregate_type: &'a str,
+pub struct Row<'a> {
+    pub aggregate_type: &'a str,
     /// The record's key.
-    pub(crate) aggregate_id: String,
-    pub(crate) event_type: &'a str,
+    pub aggregate_id: String,
+    pub event_type: &'a str,
     /// JSON.
-    pub(crate) payload: String,
-    pub(crate) traceparent: Option<&'a str>,
-    pub(crate) topic: &'a str,
+    pub payload: String,
+    pub traceparent: Option<&'a str>,
+    pub topic: &'a str,
 }
 
 /// Publishes rows, in order, if and only if the transaction commits. They are deleted again at once: the relay reads
 /// their insertion from the log, so the table stays empty.
-pub(crate) async fn publish(transaction: &mut PgConnection, rows: &[Row<'_>]) -> sqlx::Result<()> {
+pub async fn publish(transaction: &mut PgConnection, rows: &[Row<'_>]) -> sqlx::Result<()> {
     let ids: Vec<Uuid> = rows.iter().map(|_| Uuid::now_v7()).collect();
     sqlx::query(
         "INSERT INTO outbox (id, aggregatetype, aggregateid, type, payload, traceparent, topic)

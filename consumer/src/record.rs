@@ -11,7 +11,10 @@ use uuid::Uuid;
 use crate::decide::{Poison, Reason};
 
 /// What a record tells, parsed: whatever leaves [`Event::parse`] is applied without another check of its form.
-pub(crate) trait Event: Sized + Send + Sync + 'static {
+pub trait Event: Sized + Send + Sync + 'static {
+    /// Whether [`Self::version`] tells something.
+    const VERSIONED: bool = false;
+
     /// Reads a record. Total: any record whatever gives an event or the reason why it never will.
     fn parse(record: &Record<'_>) -> Result<Self, Poison>;
 
@@ -20,19 +23,25 @@ pub(crate) trait Event: Sized + Send + Sync + 'static {
 
     /// What it is, for the metrics: one of a few words.
     fn type_name(&self) -> &'static str;
+
+    /// The aggregate that it belongs to, and which of the aggregate's events it is, counted from 1. Turns the version
+    /// guard on: an older event is ignored, a gap noticed.
+    fn version(&self) -> Option<(&str, i64)> {
+        None
+    }
 }
 
 /// One header. A name may stand more than once.
-pub(crate) type Header<'a> = (&'a str, Option<&'a [u8]>);
+pub type Header<'a> = (&'a str, Option<&'a [u8]>);
 
 /// A Kafka record.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Record<'a> {
-    pub(crate) topic: &'a str,
-    pub(crate) key: Option<&'a [u8]>,
-    pub(crate) value: Option<&'a [u8]>,
+pub struct Record<'a> {
+    pub topic: &'a str,
+    pub key: Option<&'a [u8]>,
+    pub value: Option<&'a [u8]>,
     /// In order; None if the name of one is not UTF-8.
-    pub(crate) headers: Option<Vec<Header<'a>>>,
+    pub headers: Option<Vec<Header<'a>>>,
 }
 
 impl<'a> Record<'a> {
@@ -49,14 +58,14 @@ impl<'a> Record<'a> {
     }
 
     /// All headers, in order.
-    pub(crate) fn headers(&self) -> Result<&[Header<'a>], Poison> {
+    pub fn headers(&self) -> Result<&[Header<'a>], Poison> {
         self.headers
             .as_deref()
             .ok_or_else(|| Poison::new(Reason::BadValue, "the name of a header is not UTF-8"))
     }
 
     /// A header's text, if it is there; the last one where a name stands twice.
-    pub(crate) fn header(&self, name: &str) -> Result<Option<&'a str>, Poison> {
+    pub fn header(&self, name: &str) -> Result<Option<&'a str>, Poison> {
         let found = self.headers()?.iter().rev().find(|(key, _)| *key == name).and_then(|(_, value)| *value);
         found.map(|value| text(name, value)).transpose()
     }

@@ -23,7 +23,7 @@ use crate::{
     decide::{Cause, Decision, Poison, decide},
     dlq::{DeadLetters, Letter},
     group::{Context, PartitionId},
-    handlers::Handler,
+    handler::Handler,
     metrics::Metrics,
     record::{self, Event, Record},
     store::Store,
@@ -211,7 +211,13 @@ impl<H: Handler> Worker<H> {
         loop {
             let outcome =
                 self.shared.store.apply(events).await.map(|fresh| self.applied(events, records, &fresh));
-            match decide(outcome, attempt, self.shared.limits.backoff, fastrand::f64()) {
+            match decide(
+                outcome,
+                attempt,
+                self.shared.limits.retries_max,
+                self.shared.limits.backoff,
+                fastrand::f64(),
+            ) {
                 Decision::Apply => {
                     self.partition.wait_for(None);
                     return Ok(Attempted::Applied);
@@ -252,7 +258,13 @@ impl<H: Handler> Worker<H> {
             }
             letters = unsent;
             let outcome = fault.map_or(Ok(()), Err);
-            match decide(outcome, attempt, self.shared.limits.backoff, fastrand::f64()) {
+            match decide(
+                outcome,
+                attempt,
+                self.shared.limits.retries_max,
+                self.shared.limits.backoff,
+                fastrand::f64(),
+            ) {
                 Decision::Retry { after, cause, error } => self.pause(after, cause, error, attempt).await?,
                 Decision::Apply | Decision::DeadLetter(_) => {}
             }

@@ -7,7 +7,7 @@ use tokio::time::timeout;
 
 use crate::{
     decide::{Fault, Poison, Reason},
-    handlers::Handler,
+    handler::Handler,
     inbox,
 };
 

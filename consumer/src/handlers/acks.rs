@@ -9,11 +9,11 @@ use serde_json::value::RawValue;
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-use super::{Handler, Tables};
 use crate::{
     acknowledgement,
     decide::{Fault, Poison, Reason},
     fields::{self, Field},
+    handler::{Handler, Tables},
     record::{Event, Record},
 };
 
@@ -103,6 +103,12 @@ impl Handler for Acks {
         needed: &[
             ("public.inbox", "SELECT"),
             ("public.inbox", "INSERT"),
+            ("public.dead_letters", "SELECT"),
+            ("public.dead_letters", "INSERT"),
+            ("public.dead_letters", "UPDATE"),
+            ("public.consumer_groups", "SELECT"),
+            ("public.consumer_groups", "INSERT"),
+            ("public.consumer_groups", "UPDATE"),
             ("public.message_acks", "SELECT"),
             ("public.message_acks", "INSERT"),
             ("public.messages", "SELECT"),

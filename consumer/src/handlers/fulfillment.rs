@@ -3,34 +3,28 @@
 
 use sqlx::PgConnection;
 
-use super::{
-    Handler,
-    orders::{latest, open_tasks},
-};
+use super::orders::{latest, open_tasks};
 use crate::{
     decide::Fault,
     event::{Change, Details, OrderEvent},
+    handler::Handler,
 };
 
 /// Writes `fulfillment_orders` and `fulfillment_tasks`.
 pub(crate) struct Fulfillment;
 
-/// Status and details each have a version of their own, and neither is overwritten by an older one.
+/// An event that tells no details leaves those that are there.
 const UPSERT_ORDERS: &str = "
     INSERT INTO fulfillment_orders AS mine
-        (order_id, status, version, occurred_on, details_version, customer_id, restaurant_id, total_quantity)
-    SELECT * FROM unnest($1::text[], $2::text[], $3::bigint[], $4::timestamptz[], $5::bigint[], $6::text[],
-                         $7::text[], $8::bigint[])
+        (order_id, status, version, occurred_on, customer_id, restaurant_id, total_quantity)
+    SELECT * FROM unnest($1::text[], $2::text[], $3::bigint[], $4::timestamptz[], $5::text[], $6::text[],
+                         $7::bigint[])
     ON CONFLICT (order_id) DO UPDATE SET
-        status = CASE WHEN excluded.version > mine.version THEN excluded.status ELSE mine.status END,
-        occurred_on = CASE WHEN excluded.version > mine.version THEN excluded.occurred_on ELSE mine.occurred_on END,
-        version = greatest(excluded.version, mine.version),
-        customer_id = CASE WHEN excluded.details_version > mine.details_version THEN excluded.customer_id ELSE mine.customer_id END,
-        restaurant_id = CASE WHEN excluded.details_version > mine.details_version THEN excluded.restaurant_id ELSE mine.restaurant_id END,
-        total_quantity = CASE WHEN excluded.details_version > mine.details_version THEN excluded.total_quantity ELSE mine.total_quantity END,
-        details_version = greatest(excluded.details_version, mine.details_version),
-        updated_at = now()
-    WHERE excluded.version > mine.version OR excluded.details_version > mine.details_version";
+        status = excluded.status, version = excluded.version, occurred_on = excluded.occurred_on,
+        customer_id = coalesce(excluded.customer_id, mine.customer_id),
+        restaurant_id = coalesce(excluded.restaurant_id, mine.restaurant_id),
+        total_quantity = coalesce(excluded.total_quantity, mine.total_quantity),
+        updated_at = now()";
 
 /// The inbox already lets an event through only once; the primary key says so again, for a pruned inbox.
 const INSERT_TASKS: &str = "
@@ -40,6 +34,8 @@ const INSERT_TASKS: &str = "
 
 impl Handler for Fulfillment {
     type Event = OrderEvent;
+
+    const PROJECTION: &'static [&'static str] = &["fulfillment_orders", "fulfillment_tasks"];
 
     async fn apply(&self, transaction: &mut PgConnection, events: &[&OrderEvent]) -> Result<(), Fault> {
         write_orders(transaction, events).await?;
@@ -54,7 +50,6 @@ async fn write_orders(transaction: &mut PgConnection, events: &[&OrderEvent]) ->
         .bind(orders.iter().map(|o| o.event.change.status().as_str()).collect::<Vec<_>>())
         .bind(orders.iter().map(|o| o.event.version).collect::<Vec<_>>())
         .bind(orders.iter().map(|o| o.event.occurred_on).collect::<Vec<_>>())
-        .bind(orders.iter().map(|o| o.details_version).collect::<Vec<_>>())
         .bind(orders.iter().map(|o| o.details.map(|d| d.customer_id.as_str())).collect::<Vec<_>>())
         .bind(orders.iter().map(|o| o.details.map(|d| d.restaurant_id.as_str())).collect::<Vec<_>>())
         .bind(orders.iter().map(|o| o.details.map(total_quantity)).collect::<Vec<_>>())

@@ -14,11 +14,11 @@ use serde_json::value::RawValue;
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-use super::Handler;
 use crate::{
     acknowledgement::{self, Asked},
     decide::{Fault, Poison, Reason},
     fields,
+    handler::Handler,
     record::{self, Event, Record},
 };
 

@@ -1,0 +1,36 @@
+//! Kafka consumers that apply each event once: an inbox, a version guard, retries, dead letters with redrive, and the
+//! operator's commands. A handler says what it reads out of a record and writes its rows; the rest is here.
+//!
+//! A program of its own is a handler and one line: `fn main() -> ExitCode { consumer::main(vec![Offer::new(…)]) }`.
+//! `HANDLERS.md` takes a reader through one.
+
+mod acknowledgement;
+mod admin;
+mod app;
+mod assignment;
+mod cli;
+mod config;
+mod database;
+mod decide;
+mod dlq;
+mod event;
+mod fields;
+mod group;
+mod handler;
+pub mod handlers;
+mod inbox;
+mod metrics;
+mod noise;
+mod offer;
+pub mod outbox;
+mod record;
+mod run;
+mod store;
+
+pub use crate::{
+    cli::main,
+    decide::{Cause, Fault, Poison, Reason},
+    handler::{Handler, Tables},
+    offer::{Offer, Setup},
+    record::{Event, Header, Record},
+};
