@@ -139,6 +139,36 @@ fn an_answer_that_was_lost_is_given_to_the_one_who_asks_again() {
     assert_eq!(service.get(&place).json(), answer.json());
 }
 
+/// A change that is done cannot be done again: asked once more, it would be refused. But it is ours.
+#[test]
+fn a_change_whose_commit_was_lost_is_not_refused_as_somebody_elses() {
+    let stage = Stage::new();
+    let gate = Gate::new(&stage.runtime, "127.0.0.1:0".parse().unwrap(), stage.postgres());
+    let mut config = stage.config(gate.address);
+    config.postgres.check_interval_ms = 60_000;
+    config.idempotency.clean_interval_ms = 3_600_000;
+    let service = stage.service_of(&config);
+    service.wait_ready();
+    let json = ("content-type", "application/json");
+    let mut written = 0;
+    // Of the read and the write, whose answer is the commit's.
+    for (lost, if_match) in [(0, None), (1, None), (0, Some("\"2\"")), (1, Some("\"2\""))] {
+        let place = service.post(&order()).header("location").to_owned();
+        // With both statements prepared.
+        assert_eq!(service.send("PATCH", &place, &[json], "{\"notes\": \"prepared\"}").status, 200);
+        let headers: Vec<_> = [json].into_iter().chain(if_match.map(|tag| ("if-match", tag))).collect();
+        gate.lose_answer_after(lost);
+        let answer = service.send("POST", &format!("{place}/confirm"), &headers, "{\"paymentId\": \"p\"}");
+        assert_eq!((answer.status, answer.header("etag")), (200, "\"3\""), "{lost} {if_match:?} {answer:?}");
+        assert_eq!(service.get(&place).json(), answer.json());
+        written += 3;
+        assert_eq!(stage.count("order_events"), written);
+        // The answer was lost indeed.
+        let retries = format!("order_api_database_retries_total {}\n", written / 3);
+        assert!(service.get("/metrics").text.contains(&retries), "{lost} {if_match:?}");
+    }
+}
+
 #[test]
 fn keys_are_forgotten_when_their_time_is_over() {
     let stage = Stage::new();
