@@ -22,6 +22,10 @@ pub trait Handler: Send + Sync + 'static {
     /// none for a handler that cannot be rebuilt, because what it does is not only in its tables.
     const PROJECTION: &'static [&'static str] = &[];
 
+    /// How many events one transaction takes at most, from 1. As many as a batch has, unless what `apply` does is not
+    /// undone with the transaction (a request to somebody else): then 1, or a failure would repeat the others.
+    const BATCH_MAX: usize = usize::MAX;
+
     /// Applies events that this group has not applied before, never empty, within the caller's transaction. Of an
     /// aggregate whose events have versions they come in order, and none older than what was applied.
     ///
