@@ -13,11 +13,8 @@ use service::{
 use tokio::{task::JoinHandle, time::sleep};
 
 use crate::{
-    decide::Cause,
-    group::GroupConsumer,
-    handler::Handler,
-    metrics::Metrics,
-    run::{Partition, Shared},
+    decide::Cause, group::GroupConsumer, handler::Handler, metrics::Metrics, partition::Partition,
+    run::Shared,
 };
 
 /// How often database and brokers are asked.
@@ -27,6 +24,7 @@ const BROKER_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Tells the metrics what the partitions of this instance look like now.
 pub(crate) fn measure(metrics: &Metrics, partitions: &[Arc<Partition>]) {
+    let now_ms = chrono::Utc::now().timestamp_millis();
     metrics.assigned(partitions.len());
     for cause in Cause::ALL {
         metrics.waiting(
@@ -35,9 +33,7 @@ pub(crate) fn measure(metrics: &Metrics, partitions: &[Arc<Partition>]) {
         );
     }
     for partition in partitions {
-        if let Some(records) = partition.lag_records() {
-            metrics.lag(&partition.id, records);
-        }
+        metrics.lag(&partition.id, partition.lag_records(), partition.lag_ms(now_ms));
     }
 }
 
@@ -55,7 +51,10 @@ pub(crate) struct Situation<'a> {
 /// Tells health: the first thing that is wrong, or that all is well.
 pub(crate) fn report(health: &Health, now: &Situation<'_>) {
     let waiting = now.partitions.iter().find_map(|p| p.waiting().map(|w| (&p.id, w)));
-    if let Some(((topic, partition), (cause, error))) = waiting {
+    if now.partitions.iter().any(|p| p.waiting().is_some_and(|(cause, _)| cause == Cause::Paused)) {
+        // By somebody who wants it so: nothing is wrong.
+        health.ready("paused");
+    } else if let Some(((topic, partition), (cause, error))) = waiting {
         health.not_ready(&format!("waiting_for_{}", cause.as_str()), format!("{topic}/{partition}: {error}"));
     } else if let Some(error) = &now.database {
         health.not_ready("waiting_for_database", error);

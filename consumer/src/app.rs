@@ -6,8 +6,8 @@ use service::{Failure, Health, health, http, metrics, shutdown::Shutdown};
 use tokio::net::TcpListener;
 
 use crate::{
-    assignment::Assignment, config::Settings, dlq::DeadLetters, group, handler::Handler, metrics::Metrics,
-    offer::Traits, run::Shared, store::Store,
+    assignment::Assignment, config::Settings, delivery, dlq::DeadLetters, group, handler::Handler,
+    metrics::Metrics, offer::Traits, run::Shared, store::Store,
 };
 
 /// A service that has its port and nothing else yet.
@@ -46,11 +46,14 @@ impl App {
             prepared = settings.database.prepare(&name, traits.tables, traits.schema) => prepared?,
             () = shutdown.requested() => return Ok(()),
         };
-        let store = Store { pool, group, handler, apply_timeout: settings.limits.apply_timeout };
+        let redrive_topic = delivery::redrive_topic(&group);
+        let (policy, apply_timeout) = (settings.policy.clone(), settings.limits.apply_timeout);
+        let store = Store { pool, group, handler, policy, apply_timeout };
         health.not_ready("joining", "");
-        let dead_letters = DeadLetters::new(&settings.kafka)?;
+        let dead_letters = Some(DeadLetters::new(&settings.kafka)?);
         let (consumer, events) = group::join(&settings.kafka)?;
-        let shared = Arc::new(Shared { store, dead_letters, metrics, limits: settings.limits });
+        let shared =
+            Arc::new(Shared { store, dead_letters, metrics, limits: settings.limits, redrive_topic });
         let outcome = Assignment::new(consumer, events, shared, health)?.run(shutdown).await;
         serving.abort();
         outcome

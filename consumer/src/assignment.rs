@@ -26,7 +26,8 @@ use crate::{
     admin::{self, Probe, Situation},
     group::{self, GroupConsumer, GroupEvent, Listener, PartitionId},
     handler::Handler,
-    run::{Partition, Shared, Worker},
+    partition::Partition,
+    run::{Shared, Worker},
 };
 
 /// How often health and metrics are brought up to date.

@@ -164,6 +164,13 @@ pub(crate) struct Policy {
     pub(crate) gap: Gap,
 }
 
+impl Policy {
+    /// Whether an event may be applied whose predecessor was not.
+    pub(crate) fn accepts_gaps(&self) -> bool {
+        self.gap == Gap::Accept
+    }
+}
+
 /// What to do about an event whose predecessor has not been applied.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Gap {

@@ -126,12 +126,14 @@ pub enum Cause {
     Event,
     /// An event's predecessor is missing.
     Gap,
+    /// Somebody has paused the group.
+    Paused,
 }
 
 impl Cause {
     /// All of them.
-    pub(crate) const ALL: [Self; 5] =
-        [Self::Database, Self::DeadLetterTopic, Self::Kafka, Self::Event, Self::Gap];
+    pub(crate) const ALL: [Self; 6] =
+        [Self::Database, Self::DeadLetterTopic, Self::Kafka, Self::Event, Self::Gap, Self::Paused];
 
     /// The word in the label.
     pub(crate) fn as_str(self) -> &'static str {
@@ -141,6 +143,7 @@ impl Cause {
             Self::Kafka => "kafka",
             Self::Event => "event",
             Self::Gap => "gap",
+            Self::Paused => "paused",
         }
     }
 }
@@ -152,6 +155,15 @@ pub enum Fault {
     Record(Poison),
     /// Something about these events that may pass: tried again a few times, then dead-lettered.
     Transient(String),
+    /// An event of an aggregate came whose predecessor has not been applied: the version guard's.
+    Gap {
+        /// Which aggregate.
+        aggregate: String,
+        /// The version that was applied last; 0 for none.
+        after: i64,
+        /// That of the event.
+        version: i64,
+    },
     /// Something around us that a record is not to blame for.
     Around { cause: Cause, error: String },
 }
@@ -160,6 +172,11 @@ impl Fault {
     /// The database is away, busy or refuses us, whatever the record.
     pub fn database(error: impl fmt::Display) -> Self {
         Self::Around { cause: Cause::Database, error: error.to_string() }
+    }
+
+    /// Whether it is one event's and not that of everything around.
+    pub(crate) fn is_of_an_event(&self) -> bool {
+        !matches!(self, Self::Around { .. })
     }
 
     /// The fault that an error with this SQLSTATE is.
@@ -172,6 +189,18 @@ impl Fault {
             Self::Record(Poison::new(Reason::DatabaseRefused, error))
         } else {
             Self::Around { cause: Cause::Database, error }
+        }
+    }
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Record(poison) => poison.fmt(f),
+            Self::Transient(error) | Self::Around { error, .. } => f.write_str(error),
+            Self::Gap { aggregate, after, version } => {
+                write!(f, "version {version} of {aggregate} came, and {} has not", after + 1)
+            }
         }
     }
 }
@@ -220,6 +249,10 @@ pub(crate) fn decide(
         Err(Fault::Transient(error)) => {
             let error = format!("still failing after {attempt} attempts: {error}");
             Decision::DeadLetter(Poison::new(Reason::RetriesExhausted, error))
+        }
+        // Whoever waits for the missing ones has done so before it asks.
+        Err(gap @ Fault::Gap { .. }) => {
+            Decision::DeadLetter(Poison::new(Reason::VersionGap, gap.to_string()))
         }
         Err(Fault::Around { cause, error }) => {
             Decision::Retry { after: backoff.after(attempt, jitter), cause, error }

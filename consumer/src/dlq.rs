@@ -4,18 +4,19 @@
 //! |---|---|
 //! | `dlq.reason` | one word, see [`Reason`](crate::decide::Reason) |
 //! | `dlq.error` | for a person, at most 1000 bytes |
-//! | `dlq.attempts` | how often it was tried |
+//! | `dlq.attempts` | how often it was tried, in all |
 //! | `dlq.topic`, `dlq.partition`, `dlq.offset` | where it was |
 //! | `dlq.group` | who could not use it |
 //! | `dlq.at` | when, RFC 3339 |
+//! | `dlq.redrives` | only of one that was redriven: how often |
 //! | `dlq.value_omitted` | only if the broker takes no record that large: the bytes of the value left out |
 
 use std::sync::{Mutex, PoisonError};
 
 use rdkafka::{
-    ClientConfig, ClientContext, Message,
+    ClientConfig, ClientContext,
     error::{KafkaError, KafkaResult, RDKafkaErrorCode},
-    message::{BorrowedHeaders, BorrowedMessage, Header, OwnedHeaders},
+    message::{Header, OwnedHeaders},
     producer::{DeliveryFuture, FutureProducer, FutureRecord, Producer},
 };
 use service::Failure;
@@ -23,6 +24,7 @@ use service::Failure;
 use crate::{
     config::KafkaConfig,
     decide::{Cause, Fault, Poison},
+    delivery::Delivery,
     group,
     noise::Noise,
 };
@@ -31,17 +33,28 @@ use crate::{
 const ERROR_BYTES_MAX: usize = 1000;
 
 /// A record on its way to the dead-letter topic.
-pub(crate) struct Letter<'m> {
-    pub(crate) record: &'m BorrowedMessage<'m>,
+pub(crate) struct Letter<'d, 'm> {
+    pub(crate) record: &'d Delivery<'m>,
     pub(crate) poison: Poison,
-    pub(crate) attempts: u32,
+    /// In all, also before a redrive.
+    attempts: i32,
+    /// Kafka did not take it the last time.
+    repeated: bool,
     /// The broker refused the whole: send it without its value.
     without_value: bool,
 }
 
-impl<'m> Letter<'m> {
-    pub(crate) fn new(record: &'m BorrowedMessage<'m>, poison: Poison, attempts: u32) -> Self {
-        Self { record, poison, attempts, without_value: false }
+/// A letter that is in its topic, and where: partition and offset.
+pub(crate) type Sent<'d, 'm> = (Letter<'d, 'm>, (i32, i64));
+
+impl<'d, 'm> Letter<'d, 'm> {
+    pub(crate) fn new(record: &'d Delivery<'m>, poison: Poison, attempts: i32) -> Self {
+        Self { record, poison, attempts, repeated: false, without_value: false }
+    }
+
+    /// Whether it was sent before and not taken.
+    pub(crate) fn is_repeated(&self) -> bool {
+        self.repeated
     }
 }
 
@@ -85,48 +98,56 @@ impl DeadLetters {
         Ok(Self { config, producer: Mutex::new(producer), group: kafka.group.clone() })
     }
 
-    /// Sends the letters, waits for each to be acknowledged by all replicas in sync, and gives back those that
-    /// were not, to be sent again, with the last reason why.
-    pub(crate) async fn send<'m>(&self, letters: Vec<Letter<'m>>) -> (Vec<Letter<'m>>, Option<Fault>) {
+    /// Sends the letters and waits for each to be acknowledged by all replicas in sync. Gives back those that are, those
+    /// that are not, to be sent again, and the last reason why.
+    pub(crate) async fn send<'d, 'm>(
+        &self,
+        letters: Vec<Letter<'d, 'm>>,
+    ) -> (Vec<Sent<'d, 'm>>, Vec<Letter<'d, 'm>>, Option<Fault>) {
         let producer = match self.producer() {
             Ok(producer) => producer,
-            Err(e) => return (letters, Some(around(&e, ""))),
+            Err(e) => return (Vec::new(), letters, Some(around(&e, ""))),
         };
-        let sent: Vec<(Letter<'m>, KafkaResult<DeliveryFuture>)> = letters
+        let under_way: Vec<(Letter<'d, 'm>, KafkaResult<DeliveryFuture>)> = letters
             .into_iter()
             .map(|letter| {
                 let delivery = self.enqueue(&producer, &letter);
                 (letter, delivery)
             })
             .collect();
-        let (mut unsent, mut fault) = (Vec::new(), None);
-        for (mut letter, delivery) in sent {
+        let (mut sent, mut unsent, mut fault) = (Vec::new(), Vec::new(), None);
+        for (mut letter, delivery) in under_way {
             let outcome = match delivery {
                 // The future fails only if the producer is destroyed before the report.
-                Ok(future) => {
-                    future.await.map_or(Err(KafkaError::Canceled), |r| r.map(|_| ()).map_err(|(e, _)| e))
-                }
+                Ok(future) => future
+                    .await
+                    .map_or(Err(KafkaError::Canceled), |report| report.map_err(|(error, _)| error)),
                 Err(e) => Err(e),
             };
-            let Err(error) = outcome else { continue };
-            let too_large = error.rdkafka_error_code() == Some(RDKafkaErrorCode::MessageSizeTooLarge);
-            letter.without_value |= too_large;
-            fault = Some(around(&error, letter.record.topic()));
-            unsent.push(letter);
+            match outcome {
+                Ok(delivered) => sent.push((letter, (delivered.partition, delivered.offset))),
+                Err(error) => {
+                    let too_large = error.rdkafka_error_code() == Some(RDKafkaErrorCode::MessageSizeTooLarge);
+                    letter.without_value |= too_large;
+                    letter.repeated = true;
+                    fault = Some(around(&error, letter.record.place().topic));
+                    unsent.push(letter);
+                }
+            }
         }
-        (unsent, fault)
+        (sent, unsent, fault)
     }
 
     fn enqueue(
         &self,
         producer: &FutureProducer<Context>,
-        letter: &Letter<'_>,
+        letter: &Letter<'_, '_>,
     ) -> KafkaResult<DeliveryFuture> {
-        let topic = topic_of(letter.record.topic());
+        let topic = topic_of(letter.record.place().topic);
         let mut record: FutureRecord<'_, [u8], [u8]> =
             FutureRecord::to(&topic).headers(headers(letter, &self.group));
         record.key = letter.record.key();
-        record.payload = letter.record.payload().filter(|_| !letter.without_value);
+        record.payload = letter.record.value().filter(|_| !letter.without_value);
         producer.send_result(record).map_err(|(e, _)| e)
     }
 
@@ -150,26 +171,28 @@ pub(crate) fn topic_of(topic: &str) -> String {
     format!("{topic}-dlq")
 }
 
-fn headers(letter: &Letter<'_>, group: &str) -> OwnedHeaders {
-    let record = letter.record;
+fn headers(letter: &Letter<'_, '_>, group: &str) -> OwnedHeaders {
+    let place = letter.record.place();
     let error = truncate(&letter.poison.error, ERROR_BYTES_MAX);
     let added = [
         ("dlq.reason", letter.poison.reason.as_str().to_owned()),
         ("dlq.error", error.to_owned()),
         ("dlq.attempts", letter.attempts.to_string()),
-        ("dlq.topic", record.topic().to_owned()),
-        ("dlq.partition", record.partition().to_string()),
-        ("dlq.offset", record.offset().to_string()),
+        ("dlq.topic", place.topic.to_owned()),
+        ("dlq.partition", place.partition.to_string()),
+        ("dlq.offset", place.offset.to_string()),
         ("dlq.group", group.to_owned()),
         ("dlq.at", chrono::Utc::now().to_rfc3339_opts(chrono::SecondsFormat::Millis, true)),
     ];
-    // Copied as bytes: a header's name need not be UTF-8.
-    let original = record.headers().map_or_else(OwnedHeaders::new, BorrowedHeaders::detach);
-    let mut headers = added.iter().fold(original, |headers, (key, value)| {
+    let mut headers = added.iter().fold(letter.record.headers(), |headers, (key, value)| {
         headers.insert(Header { key, value: Some(value.as_bytes()) })
     });
+    if letter.record.redrive() > 0 {
+        let redrives = letter.record.redrive().to_string();
+        headers = headers.insert(Header { key: "dlq.redrives", value: Some(&redrives) });
+    }
     if letter.without_value {
-        let bytes = record.payload_len().to_string();
+        let bytes = letter.record.value().map_or(0, <[u8]>::len).to_string();
         headers = headers.insert(Header { key: "dlq.value_omitted", value: Some(&bytes) });
     }
     headers

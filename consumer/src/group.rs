@@ -26,7 +26,7 @@ use rdkafka::{
 use service::{Failure, exit::Kind};
 use tokio::sync::mpsc;
 
-use crate::{config::KafkaConfig, noise::Noise};
+use crate::{config::KafkaConfig, delivery::redrive_topic, noise::Noise};
 
 /// A partition's topic and number.
 pub(crate) type PartitionId = (String, i32);
@@ -57,6 +57,8 @@ pub(crate) struct Context {
     /// The last error of the client as a whole, for `/health/ready`.
     last_error: Mutex<Option<String>>,
     noise: Noise,
+    /// The topic of redriven records, which need not exist.
+    redrive_topic: String,
 }
 
 impl Context {
@@ -91,6 +93,10 @@ impl ClientContext for Context {
         if matches!(error.rdkafka_error_code(), Some(RDKafkaErrorCode::PartitionEOF)) {
             return;
         }
+        if reason.contains(&self.redrive_topic) && error.rdkafka_error_code().is_some_and(is_unknown) {
+            tracing::debug!(reason, "nothing can be redriven yet");
+            return;
+        }
         self.noise.error(&error, reason);
         *self.last_error.lock().unwrap_or_else(PoisonError::into_inner) = Some(format!("{error}: {reason}"));
     }
@@ -110,6 +116,10 @@ impl ConsumerContext for Context {
             tracing::debug!(%error, "a rebalance while closing");
         }
     }
+}
+
+fn is_unknown(code: RDKafkaErrorCode) -> bool {
+    matches!(code, RDKafkaErrorCode::UnknownTopicOrPartition | RDKafkaErrorCode::UnknownTopic)
 }
 
 fn ids(list: &TopicPartitionList) -> Vec<PartitionId> {
@@ -206,9 +216,12 @@ pub(crate) fn join(kafka: &KafkaConfig) -> Result<(Arc<GroupConsumer>, mpsc::Rec
         closing: AtomicBool::new(false),
         last_error: Mutex::new(None),
         noise: Noise::new("consumer"),
+        redrive_topic: redrive_topic(&kafka.group),
     };
     let consumer: GroupConsumer = settings(kafka).create_with_context(context).map_err(|e| bad_client(&e))?;
-    let topics: Vec<&str> = kafka.topics.iter().map(String::as_str).collect();
+    let redriven = redrive_topic(&kafka.group);
+    let topics = kafka.topics.iter().map(String::as_str);
+    let topics: Vec<&str> = topics.chain([redriven.as_str()]).collect();
     consumer
         .subscribe(&topics)
         .map_err(|e| Failure::configuration(format!("cannot subscribe to {topics:?}: {e}")))?;

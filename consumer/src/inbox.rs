@@ -13,9 +13,9 @@ use crate::record::Event;
 pub(crate) async fn claim<E: Event>(
     transaction: &mut PgConnection,
     group: &str,
-    events: &[E],
+    events: &[&E],
 ) -> sqlx::Result<Vec<usize>> {
-    let ids: Vec<Uuid> = events.iter().map(Event::id).collect();
+    let ids: Vec<Uuid> = events.iter().map(|event| event.id()).collect();
     let mut fresh: HashSet<Uuid> = sqlx::query_scalar(
         "INSERT INTO inbox (consumer_group, event_id) SELECT $1, id FROM unnest($2::uuid[]) AS id
          ON CONFLICT DO NOTHING RETURNING event_id",

@@ -12,19 +12,25 @@ mod cli;
 mod config;
 mod database;
 mod decide;
+mod delivery;
 mod dlq;
 mod event;
 mod fields;
 mod group;
+mod guard;
 mod handler;
 pub mod handlers;
 mod inbox;
 mod metrics;
+mod missing;
 mod noise;
 mod offer;
 pub mod outbox;
+mod parking;
+mod partition;
 mod record;
 mod run;
+mod settle;
 mod store;
 
 pub use crate::{

@@ -4,7 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use rdkafka::{
     Message,
-    message::{BorrowedMessage, Headers as _, Timestamp},
+    message::{BorrowedMessage, Headers as _},
 };
 use uuid::Uuid;
 
@@ -68,14 +68,6 @@ impl<'a> Record<'a> {
     pub fn header(&self, name: &str) -> Result<Option<&'a str>, Poison> {
         let found = self.headers()?.iter().rev().find(|(key, _)| *key == name).and_then(|(_, value)| *value);
         found.map(|value| text(name, value)).transpose()
-    }
-}
-
-/// When a record was written, in milliseconds of Unix time.
-pub(crate) fn written_ms(message: &BorrowedMessage<'_>) -> Option<i64> {
-    match message.timestamp() {
-        Timestamp::CreateTime(ms) | Timestamp::LogAppendTime(ms) => Some(ms),
-        Timestamp::NotAvailable => None,
     }
 }
 

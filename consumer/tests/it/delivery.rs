@@ -8,6 +8,7 @@ use rdkafka::{
 };
 use serde_json::{Value, json};
 use sqlx::Row;
+use uuid::Uuid;
 
 use crate::stage::{PATIENCE, Record, Stage, confirmed, created, eventually, on_stage};
 
@@ -85,20 +86,28 @@ fn the_golden_events_become_fulfillments_order_and_its_tasks() {
 #[test]
 fn an_older_version_never_overwrites() {
     on_stage(1, async |stage| {
-        let _consumer = stage.start("pharmacy").await;
+        let consumer = stage.start("pharmacy").await;
         let mut late = created("o-1");
         late["version"] = json!(2);
         late["totalAmount"] = json!("99");
         let mut newest = created("o-1");
         newest["version"] = json!(5);
-        // One at a time, so that the database and not only the batch is asked.
-        for (n, body) in [newest, confirmed("o-1", 7), late, confirmed("o-1", 6)].iter().enumerate() {
+        // One at a time, so that the database and not only the batch is asked; then all in one.
+        for (n, body) in [newest, confirmed("o-1", 7), late.clone(), confirmed("o-1", 6)].iter().enumerate() {
             stage.produce([Record::of(body)]).await;
-            stage.until_number("SELECT count(*) FROM pharmacy_tasks", i64::try_from(n).unwrap() + 1).await;
+            stage.until_number("SELECT count(*) FROM inbox", i64::try_from(n).unwrap() + 1).await;
         }
-        assert_eq!(stage.number("SELECT version FROM pharmacy_orders").await, 7);
-        assert_eq!(stage.number("SELECT details_version FROM pharmacy_orders").await, 5);
+        let mut other = late;
+        other["eventId"] = json!(Uuid::now_v7());
+        stage.produce([confirmed("o-1", 8), other, confirmed("o-1", 8)].iter().map(Record::of)).await;
+        stage.until_number("SELECT count(*) FROM inbox", 7).await;
+        let tasks = stage.texts("SELECT version::text FROM pharmacy_tasks ORDER BY version").await;
+        assert_eq!(tasks, ["5", "7", "8"]);
+        assert_eq!(stage.number("SELECT version FROM pharmacy_orders").await, 8);
         assert_eq!(stage.number("SELECT (total_amount * 100)::bigint FROM pharmacy_orders").await, 1250);
+        assert!((consumer.metric("consumer_stale_ignored_total").await - 4.0).abs() < 0.1);
+        // From nothing to 5, and from 5 to 7.
+        assert!((consumer.metric("consumer_version_gaps_accepted_total").await - 2.0).abs() < 0.1);
     });
 }
 

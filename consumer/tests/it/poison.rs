@@ -37,7 +37,7 @@ fn kinds() -> Vec<(&'static str, Record)> {
         ("bad_value", of(with(body(), "totalAmount", json!("1".repeat(60))))),
         ("key_mismatch", raw(Some(b"other"), Some(body().to_string().as_bytes()))),
         // The test's own constraint refuses these two.
-        ("database_refused", of(with(body(), "totalAmount", json!("1000000")))),
+        ("database_refused", of(with(created("poison-1"), "totalAmount", json!("1000000")))),
         ("database_refused", of(with(created("poison-2"), "totalAmount", json!("1000001")))),
     ]
 }

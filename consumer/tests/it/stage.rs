@@ -328,11 +328,17 @@ pub(crate) fn message(id: Uuid, attempt: i32, require_ack: &str, payload: &str) 
 }
 
 /// A dead letter as read.
-#[derive(Debug)]
 pub(crate) struct Letter {
     pub(crate) key: Option<Vec<u8>>,
     pub(crate) value: Option<Vec<u8>>,
     pub(crate) headers: Vec<(String, Vec<u8>)>,
+}
+
+impl std::fmt::Debug for Letter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let names = ["dlq.reason", "dlq.error", "dlq.partition", "dlq.offset"];
+        f.debug_map().entries(names.map(|name| (name, self.header(name)))).finish()
+    }
 }
 
 impl Letter {
