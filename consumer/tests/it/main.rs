@@ -11,6 +11,7 @@ mod delivery;
 mod group;
 mod messages;
 mod outage;
+mod parking;
 mod poison;
 mod stage;
 mod start;

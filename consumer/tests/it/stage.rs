@@ -95,13 +95,16 @@ impl Stage {
         let drop_database = format!("DROP DATABASE {} WITH (FORCE)", self.name);
         sqlx::query(AssertSqlSafe(drop_database)).execute(&self.server).await.unwrap();
         let admin = self.admin();
-        let dlq = self.dlq();
-        drop(admin.delete_topics(&[&self.topic, &dlq], &AdminOptions::new()).await);
+        drop(admin.delete_topics(&[&self.topic, &self.dlq(), &self.redrive()], &AdminOptions::new()).await);
         drop(admin.delete_groups(&[&self.name], &AdminOptions::new()).await);
     }
 
     pub(crate) fn dlq(&self) -> String {
         format!("{}-dlq", self.topic)
+    }
+
+    pub(crate) fn redrive(&self) -> String {
+        format!("{}-redrive", self.name)
     }
 
     pub(crate) fn client(&self) -> ClientConfig {
@@ -172,6 +175,11 @@ impl Stage {
 
     /// Writes records and waits until all are acknowledged.
     pub(crate) async fn produce(&self, records: impl IntoIterator<Item = Record>) {
+        self.produce_to(&self.topic, records).await;
+    }
+
+    /// The same on another topic.
+    pub(crate) async fn produce_to(&self, topic: &str, records: impl IntoIterator<Item = Record>) {
         let producer: FutureProducer = self
             .client()
             .set("acks", "all")
@@ -182,7 +190,7 @@ impl Stage {
             .unwrap();
         let mut sent = Vec::new();
         for record in records {
-            let mut future_record: FutureRecord<'_, [u8], [u8]> = FutureRecord::to(&self.topic);
+            let mut future_record: FutureRecord<'_, [u8], [u8]> = FutureRecord::to(topic);
             future_record.key = record.key.as_deref();
             future_record.payload = record.value.as_deref();
             future_record.partition = record.partition;
