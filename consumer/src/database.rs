@@ -38,6 +38,42 @@ impl Database {
         self.options.clone().application_name(name).disable_statement_logging()
     }
 
+    /// One connection, at once or not at all, for a command that a person waits for.
+    ///
+    /// # Errors
+    /// 69 when the database refuses us for good, 75 when it does not answer.
+    pub(crate) async fn connect(&self, name: &str, tables: Tables) -> Result<PgConnection, Failure> {
+        let connecting = timeout(CONNECT_TIMEOUT, PgConnection::connect_with(&self.options(name))).await;
+        match connecting {
+            Ok(Ok(connection)) => Ok(connection),
+            Ok(Err(error)) => Err(self.failure(error, tables)),
+            Err(_) => Err(self.failure(sqlx::Error::PoolTimedOut, tables)),
+        }
+    }
+
+    /// What an error is to a command that cannot go on after it.
+    pub(crate) fn failure(&self, error: sqlx::Error, tables: Tables) -> Failure {
+        let missing = ["42P01", "42703"];
+        let code = error.as_database_error().and_then(sqlx::error::DatabaseError::code);
+        if code.is_some_and(|code| missing.contains(&&*code)) {
+            let why =
+                format!("the tables in {} are not those of this version: {error}", address(&self.options));
+            let hint = match tables {
+                Tables::Ours => "make them: consumer migrate (every start of a consumer does, too)".into(),
+                Tables::Theirs { .. } => remedy(&self.options, tables),
+            };
+            return Failure::new(Kind::Refused, why).hint(hint);
+        }
+        match refusal(&MigrateError::Execute(error), &self.options, tables) {
+            Err(failure) => failure,
+            Ok(error) => {
+                let why =
+                    format!("the database {} does not do what is asked: {error}", address(&self.options));
+                Failure::new(Kind::GaveUp, why).hint("start it, or correct postgres.url")
+            }
+        }
+    }
+
     /// Makes or checks the tables; waits for a database that does not answer, up to the configured
     /// time.
     ///

@@ -1,6 +1,6 @@
 //! What every service of this project does alike, and a user therefore sees alike: configuration, secrets,
 //! logs, HTTP, health, metrics, problem+json, who may administer, the
-//! heartbeats, and the drain on SIGTERM. No domain types live here.
+//! heartbeats, tables on a terminal, and the drain on SIGTERM. No domain types live here.
 
 pub mod access;
 pub mod config;
@@ -12,6 +12,7 @@ pub mod logs;
 pub mod metrics;
 pub mod problem;
 pub mod shutdown;
+pub mod table;
 
 pub use config::Secret;
 pub use exit::Failure;

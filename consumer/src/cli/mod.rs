@@ -1,5 +1,10 @@
 //! The command line.
 
+mod dlq;
+mod operate;
+mod pause;
+mod time;
+
 use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{Parser, Subcommand};
@@ -16,37 +21,37 @@ use crate::{
 
 /// Applies events from Kafka, each once, to a database of its own.
 ///
-/// Exit codes: 0 clean stop, 64 bad configuration, 69 a service refused us for good, 70 internal, 75 gave up after the
-/// configured time.
+/// Exit codes: 0 clean stop, 64 bad configuration, 65 something stays that a person has to decide about (a dead letter
+/// that stays open), 69 a service refused us for good, 70 internal, 75 gave up after the configured time.
 #[derive(Parser)]
 #[command(version)]
 struct Args {
     /// The configuration file (TOML); `config example` prints one.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, global = true, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Check the configuration and exit: 0 if it is right, 64 if not.
-    #[arg(long)]
+    #[arg(long, global = true)]
     check_config: bool,
     /// What to do with the records (consumer.handler); a wrong one names the choices.
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, global = true, value_name = "NAME")]
     handler: Option<String>,
     /// Kafka's bootstrap servers (kafka.brokers).
-    #[arg(long, value_name = "HOST:PORT,…")]
+    #[arg(long, global = true, value_name = "HOST:PORT,…")]
     brokers: Option<String>,
     /// The consumer group; the handler's name unless told (kafka.group).
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, global = true, value_name = "NAME")]
     group: Option<String>,
     /// The topics to consume; the handler's own unless told (kafka.topics).
-    #[arg(long, value_name = "NAME,…")]
+    #[arg(long, global = true, value_name = "NAME,…")]
     topics: Option<String>,
     /// Where health and metrics are served (http.listen).
-    #[arg(long, value_name = "ADDRESS:PORT")]
+    #[arg(long, global = true, value_name = "ADDRESS:PORT")]
     listen: Option<String>,
     /// A level or a filter (log.level).
-    #[arg(long, value_name = "LEVEL")]
+    #[arg(long, global = true, value_name = "LEVEL")]
     log_level: Option<String>,
     /// text or json (log.format).
-    #[arg(long, value_name = "FORMAT")]
+    #[arg(long, global = true, value_name = "FORMAT")]
     log_format: Option<String>,
     #[command(subcommand)]
     command: Option<Command>,
@@ -57,6 +62,8 @@ enum Command {
     /// Make or migrate the tables of the consumer's own database, and exit. Every start does it too; this is for what
     /// needs the tables before there is a consumer, such as a relay for its outbox.
     Migrate,
+    #[command(flatten)]
+    Operate(operate::Command),
     /// About the configuration.
     Config {
         #[command(subcommand)]
@@ -88,20 +95,24 @@ impl Args {
     }
 
     /// What is to be done, with what of the configuration it needs, checked.
-    fn work(&self, config: Config, offers: Vec<Offer>) -> Result<Work, Failure> {
+    fn work(self, config: Config, offers: Vec<Offer>) -> Result<Work, Failure> {
         if matches!(self.command, Some(Command::Migrate)) {
             return Ok(Work::Migrate(Box::new(config.postgres.check()?)));
         }
         let offer = Offer::choose(offers, &config.consumer.handler)?;
-        let settings = config.check(&offer)?;
+        let settings = Box::new(config.check(&offer)?);
         group::check(&settings.kafka)?;
-        Ok(Work::Consume(Box::new(settings), offer))
+        Ok(match self.command {
+            Some(Command::Operate(command)) => Work::Operate(settings, offer.traits().tables, command),
+            _ => Work::Consume(settings, offer),
+        })
     }
 }
 
 /// What this process is started for.
 enum Work {
     Consume(Box<Settings>, Offer),
+    Operate(Box<Settings>, Tables, operate::Command),
     Migrate(Box<Database>),
 }
 
@@ -113,18 +124,24 @@ impl Work {
         Fleet::join(settings.fleet.clone(), service, version, health)
     }
 
-    async fn carry_out(self, shutdown: Shutdown, health: Health) -> Result<(), Failure> {
+    async fn carry_out(self, health: Health) -> Result<(), Failure> {
         match self {
             Self::Consume(settings, offer) => {
+                let (_trigger, shutdown) = Shutdown::on_signals()?;
                 let app = app::App::build(*settings, offer.traits(), health).await?;
                 offer.run(app, shutdown).await
             }
-            Self::Migrate(database) => tokio::select! {
-                prepared = database.prepare("consumer-migrate", Tables::Ours, "") => prepared,
-                () = shutdown.requested() => {
-                    Err(Failure::new(Kind::GaveUp, "stopped before the tables were made"))
+            // A signal ends it at once, wherever it is.
+            Self::Operate(settings, tables, command) => operate::carry_out(&settings, tables, command).await,
+            Self::Migrate(database) => {
+                let (_trigger, shutdown) = Shutdown::on_signals()?;
+                tokio::select! {
+                    prepared = database.prepare("consumer-migrate", Tables::Ours, "") => prepared,
+                    () = shutdown.requested() => {
+                        Err(Failure::new(Kind::GaveUp, "stopped before the tables were made"))
+                    }
                 }
-            },
+            }
         }
     }
 }
@@ -132,20 +149,20 @@ impl Work {
 /// A program of these handlers.
 pub fn main(offers: Vec<Offer>) -> ExitCode {
     match exit::parse_command_line::<Args>() {
-        Ok(args) => exit::report("consumer", run(&args, offers)),
+        Ok(args) => exit::report("consumer", run(args, offers)),
         Err(code) => code,
     }
 }
 
-fn run(args: &Args, offers: Vec<Offer>) -> Result<(), Failure> {
+fn run(args: Args, offers: Vec<Offer>) -> Result<(), Failure> {
     if let Some(Command::Config { command: ConfigCommand::Example }) = args.command {
         print!("{}", config::EXAMPLE);
         return Ok(());
     }
     let config = args.config()?;
-    let log = config.log.0.clone();
+    let (log, check_only) = (config.log.0.clone(), args.check_config);
     let work = args.work(config, offers)?;
-    if args.check_config {
+    if check_only {
         println!("the configuration is right");
         return Ok(());
     }
@@ -156,10 +173,7 @@ fn run(args: &Args, offers: Vec<Offer>) -> Result<(), Failure> {
         .map_err(|e| Failure::new(Kind::Internal, format!("cannot start the runtime: {e}")))?;
     let health = Health::default();
     let fleet = work.fleet(&health);
-    let outcome = runtime.block_on(async {
-        let (_trigger, shutdown) = Shutdown::on_signals()?;
-        work.carry_out(shutdown, health.clone()).await
-    });
+    let outcome = runtime.block_on(work.carry_out(health.clone()));
     // A call into librdkafka that still waits for a broker must not hold up the exit.
     runtime.shutdown_timeout(Duration::from_millis(100));
     fleet.leave();

@@ -8,10 +8,12 @@
 
 mod acks;
 mod delivery;
+mod dlq;
 mod group;
 mod messages;
 mod outage;
 mod parking;
+mod pause;
 mod poison;
 mod stage;
 mod start;

@@ -237,6 +237,18 @@ impl Stage {
         .unwrap()
     }
 
+    /// What an operator's command says, and its exit code.
+    pub(crate) async fn operate(&self, handler: &str, arguments: &[&str]) -> Said {
+        let mut command = self.command(handler);
+        command.args(arguments);
+        let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
+        Said {
+            code: output.status.code(),
+            out: String::from_utf8(output.stdout).unwrap(),
+            err: String::from_utf8(output.stderr).unwrap(),
+        }
+    }
+
     /// Makes the consumer's tables, by its own command.
     pub(crate) async fn migrate(&self) {
         let mut command = Command::new(env!("CARGO_BIN_EXE_consumer"));
@@ -293,6 +305,27 @@ fn read(mut config: ClientConfig, topic: &str, partitions: i32, count: usize) ->
     }
     letters.sort_by_key(|l| (l.header("dlq.partition"), l.header("dlq.offset").parse::<i64>().unwrap()));
     letters
+}
+
+/// What a command said before it ended.
+#[derive(Debug)]
+pub(crate) struct Said {
+    pub(crate) code: Option<i32>,
+    pub(crate) out: String,
+    pub(crate) err: String,
+}
+
+impl Said {
+    /// What it printed, where it ended well.
+    pub(crate) fn well(&self) -> &str {
+        assert_eq!(self.code, Some(0), "{self:?}");
+        &self.out
+    }
+
+    /// The JSON objects that it printed, whatever its end.
+    pub(crate) fn objects(&self) -> Vec<Value> {
+        self.out.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
 }
 
 /// A record to write.

@@ -8,12 +8,12 @@ use rdkafka::{
 };
 use relay_core::redrive::Place;
 use serde_json::json;
-use service::{Failure, exit};
-
-use super::{
-    Filter,
+use service::{
+    Failure, exit,
     table::{self, cut, or_dash, printable},
 };
+
+use super::Filter;
 use crate::{
     config::Settings,
     dlq::archive::{Archive, Entry},

@@ -2,7 +2,6 @@
 
 mod look;
 mod redrive;
-mod table;
 
 use chrono::{DateTime, Utc};
 use relay_core::{

@@ -3,9 +3,9 @@
 use std::{collections::BTreeSet, net::SocketAddr, time::Duration};
 
 use relay_core::redrive::{Next, Options, Place};
-use service::{Failure, exit};
+use service::{Failure, exit, table};
 
-use super::{Filter, table};
+use super::Filter;
 use crate::{
     config::Settings,
     dlq::{

@@ -1,7 +1,7 @@
 //! Rows of text in columns, and text that others wrote on a terminal.
 
 /// Prints the rows below their heads, each column as wide as it has to be.
-pub(super) fn print<const N: usize>(heads: [&str; N], rows: &[[String; N]]) {
+pub fn print<const N: usize>(heads: [&str; N], rows: &[[String; N]]) {
     let width = |column: usize| {
         let cells = rows.iter().map(|row| row[column].chars().count());
         cells.max().unwrap_or_default().max(heads[column].len())
@@ -18,8 +18,19 @@ pub(super) fn print<const N: usize>(heads: [&str; N], rows: &[[String; N]]) {
     }
 }
 
+/// How long ago something was, in one unit: `42s`, `5m`, `3h`, `2d`.
+pub fn age(seconds: i64) -> String {
+    let seconds = seconds.max(0);
+    match seconds {
+        0..120 => format!("{seconds}s"),
+        120..7200 => format!("{}m", seconds / 60),
+        7200..172_800 => format!("{}h", seconds / 3600),
+        _ => format!("{}d", seconds / 86_400),
+    }
+}
+
 /// Text without what a terminal would obey.
-pub(super) fn printable(text: &str) -> String {
+pub fn printable(text: &str) -> String {
     text.chars()
         .flat_map(|c| {
             let escaped = c.is_control().then(|| c.escape_default());
@@ -30,7 +41,7 @@ pub(super) fn printable(text: &str) -> String {
 }
 
 /// At most so many characters.
-pub(super) fn cut(text: &str, most: usize) -> String {
+pub fn cut(text: &str, most: usize) -> String {
     if text.chars().count() <= most {
         return text.to_owned();
     }
@@ -38,7 +49,7 @@ pub(super) fn cut(text: &str, most: usize) -> String {
 }
 
 /// A dash where there is nothing.
-pub(super) fn or_dash(text: &str) -> String {
+pub fn or_dash(text: &str) -> String {
     if text.is_empty() { "-".into() } else { printable(text) }
 }
 
@@ -51,5 +62,10 @@ mod tests {
         assert_eq!(printable("a\u{1b}[2Jb\n\u{9b}ä"), "a\\u{1b}[2Jb\\n\\u{9b}ä");
         assert_eq!(cut("äöü", 3), "äöü");
         assert_eq!(cut("äöüß", 3), "äö…");
+    }
+
+    #[test]
+    fn an_age_has_one_unit() {
+        assert_eq!([-1, 119, 120, 7199, 7200, 172_800].map(age), ["0s", "119s", "2m", "119m", "2h", "2d"]);
     }
 }
