@@ -36,8 +36,8 @@ pub(crate) struct OrderEvent {
 pub(crate) enum Change {
     Created(Details),
     Updated { status: Status, details: Details },
-    Confirmed,
-    Cancelled,
+    Confirmed { payment_id: String },
+    Cancelled { reason: String },
 }
 
 /// What was ordered, by whom and where.
@@ -50,6 +50,8 @@ pub(crate) struct Details {
     pub(crate) total_amount: Decimal,
     /// Never empty.
     pub(crate) items: Vec<Item>,
+    /// For people.
+    pub(crate) notes: Option<String>,
 }
 
 /// One line of an order.
@@ -76,6 +78,10 @@ pub(crate) enum Status {
 }
 
 impl Status {
+    /// All of them, in the order of an order's life.
+    pub(crate) const ALL: [Self; 6] =
+        [Self::Created, Self::Confirmed, Self::Preparing, Self::Ready, Self::Delivered, Self::Cancelled];
+
     /// As the events and the tables spell it.
     pub(crate) fn as_str(self) -> &'static str {
         match self {
@@ -87,6 +93,11 @@ impl Status {
             Self::Cancelled => "cancelled",
         }
     }
+
+    /// The status that is spelt so.
+    pub(crate) fn parse(text: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|status| status.as_str() == text)
+    }
 }
 
 impl Change {
@@ -95,8 +106,8 @@ impl Change {
         match self {
             Self::Created(_) => "OrderCreated",
             Self::Updated { .. } => "OrderUpdated",
-            Self::Confirmed => "OrderConfirmed",
-            Self::Cancelled => "OrderCancelled",
+            Self::Confirmed { .. } => "OrderConfirmed",
+            Self::Cancelled { .. } => "OrderCancelled",
         }
     }
 
@@ -105,8 +116,8 @@ impl Change {
         match self {
             Self::Created(_) => Status::Created,
             Self::Updated { status, .. } => *status,
-            Self::Confirmed => Status::Confirmed,
-            Self::Cancelled => Status::Cancelled,
+            Self::Confirmed { .. } => Status::Confirmed,
+            Self::Cancelled { .. } => Status::Cancelled,
         }
     }
 
@@ -114,7 +125,7 @@ impl Change {
     pub(crate) fn details(&self) -> Option<&Details> {
         match self {
             Self::Created(details) | Self::Updated { details, .. } => Some(details),
-            Self::Confirmed | Self::Cancelled => None,
+            Self::Confirmed { .. } | Self::Cancelled { .. } => None,
         }
     }
 }
@@ -136,6 +147,7 @@ struct Body<'a> {
     currency: Option<&'a RawValue>,
     total_amount: Option<&'a RawValue>,
     items: Option<&'a RawValue>,
+    notes: Option<&'a RawValue>,
     payment_id: Option<&'a RawValue>,
     reason: Option<&'a RawValue>,
 }
@@ -215,8 +227,8 @@ fn change(kind: &str, body: &Body<'_>) -> Result<Change, Poison> {
         "OrderUpdated" => {
             Ok(Change::Updated { status: status(Field("status", body.status))?, details: details(body)? })
         }
-        "OrderConfirmed" => id(Field("paymentId", body.payment_id)).map(|_| Change::Confirmed),
-        "OrderCancelled" => text(Field("reason", body.reason)).map(|_| Change::Cancelled),
+        "OrderConfirmed" => Ok(Change::Confirmed { payment_id: id(Field("paymentId", body.payment_id))? }),
+        "OrderCancelled" => Ok(Change::Cancelled { reason: text(Field("reason", body.reason))? }),
         other => {
             Err(Poison::new(Reason::UnknownType, format!("eventType is {:?}", excerpt(other.as_bytes()))))
         }
@@ -240,6 +252,7 @@ fn details(body: &Body<'_>) -> Result<Details, Poison> {
         currency,
         total_amount: amount(Field("totalAmount", body.total_amount))?,
         items: raw_items.into_iter().map(item).collect::<Result<_, _>>()?,
+        notes: body.notes.map(|raw| text(Field("notes", Some(raw)))).transpose()?,
     })
 }
 
@@ -259,11 +272,8 @@ fn item(raw: &RawValue) -> Result<Item, Poison> {
 }
 
 fn status(field: Field<'_>) -> Result<Status, Poison> {
-    use Status::{Cancelled, Confirmed, Created, Delivered, Preparing, Ready};
     let text = text(field)?;
-    [Created, Confirmed, Preparing, Ready, Delivered, Cancelled]
-        .into_iter()
-        .find(|s| s.as_str() == text)
+    Status::parse(&text)
         .ok_or_else(|| bad_value(field.0, &format!("is {:?}, no status we know", excerpt(text.as_bytes()))))
 }
 

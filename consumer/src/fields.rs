@@ -51,8 +51,13 @@ pub(crate) fn text(field: Field<'_>) -> Result<String, Poison> {
 /// An id of the order system's: 1 to 64 of A-Z a-z 0-9 _ -.
 pub(crate) fn id(field: Field<'_>) -> Result<String, Poison> {
     let id = text(field)?;
-    let fits = id.len() <= 64 && id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-');
-    if fits { Ok(id) } else { Err(bad_value(field.0, "must be 1 to 64 of A-Z a-z 0-9 _ -")) }
+    if is_id(&id) { Ok(id) } else { Err(bad_value(field.0, "must be 1 to 64 of A-Z a-z 0-9 _ -")) }
+}
+
+/// Whether it is one.
+pub(crate) fn is_id(text: &str) -> bool {
+    let legal = |b: u8| b.is_ascii_alphanumeric() || b == b'_' || b == b'-';
+    (1..=64).contains(&text.len()) && text.bytes().all(legal)
 }
 
 /// A UUID.

@@ -3,7 +3,7 @@
 
 use sqlx::PgConnection;
 
-use super::orders::{latest, open_tasks};
+use super::orders::{column, latest, open_tasks};
 use crate::{
     decide::Fault,
     event::{Change, Details, OrderEvent},
@@ -46,13 +46,13 @@ impl Handler for Fulfillment {
 async fn write_orders(transaction: &mut PgConnection, events: &[&OrderEvent]) -> sqlx::Result<()> {
     let orders = latest(events);
     sqlx::query(UPSERT_ORDERS)
-        .bind(orders.iter().map(|o| o.event.order_id.as_str()).collect::<Vec<_>>())
-        .bind(orders.iter().map(|o| o.event.change.status().as_str()).collect::<Vec<_>>())
-        .bind(orders.iter().map(|o| o.event.version).collect::<Vec<_>>())
-        .bind(orders.iter().map(|o| o.event.occurred_on).collect::<Vec<_>>())
-        .bind(orders.iter().map(|o| o.details.map(|d| d.customer_id.as_str())).collect::<Vec<_>>())
-        .bind(orders.iter().map(|o| o.details.map(|d| d.restaurant_id.as_str())).collect::<Vec<_>>())
-        .bind(orders.iter().map(|o| o.details.map(total_quantity)).collect::<Vec<_>>())
+        .bind(column(&orders, |o| o.event.order_id.as_str()))
+        .bind(column(&orders, |o| o.event.change.status().as_str()))
+        .bind(column(&orders, |o| o.event.version))
+        .bind(column(&orders, |o| o.event.occurred_on))
+        .bind(column(&orders, |o| o.details.map(|d| d.customer_id.as_str())))
+        .bind(column(&orders, |o| o.details.map(|d| d.restaurant_id.as_str())))
+        .bind(column(&orders, |o| o.details.map(total_quantity)))
         .execute(transaction)
         .await?;
     Ok(())
@@ -68,7 +68,7 @@ fn task(change: &Change) -> &'static str {
     match change {
         Change::Created(_) => "plan",
         Change::Updated { .. } => "replan",
-        Change::Confirmed => "dispatch",
-        Change::Cancelled => "call_off",
+        Change::Confirmed { .. } => "dispatch",
+        Change::Cancelled { .. } => "call_off",
     }
 }

@@ -3,6 +3,7 @@
 mod acks;
 mod fulfillment;
 mod messages;
+mod order_view;
 mod orders;
 mod pharmacy;
 
@@ -15,6 +16,7 @@ pub fn all() -> Vec<Offer> {
     vec![
         Offer::new("pharmacy", ORDER_EVENTS, |_| Ok(pharmacy::Pharmacy)),
         Offer::new("fulfillment", ORDER_EVENTS, |_| Ok(fulfillment::Fulfillment)),
+        Offer::new("order-view", ORDER_EVENTS, |_| Ok(order_view::OrderView)),
         Offer::new("messages", None, |setup| Ok(messages::Messages { group: setup.group.to_owned() })),
         Offer::new("acks", Some("order-acks"), |_| Ok(acks::Acks)),
     ]

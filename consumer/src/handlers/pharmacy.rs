@@ -1,12 +1,11 @@
 //! The pharmacy's side of the orders: what to prepare, and a task for each thing that happened.
 
-use serde_json::Value;
-use sqlx::PgConnection;
+use sqlx::{PgConnection, types::Json};
 
-use super::orders::{latest, open_tasks};
+use super::orders::{column, latest, open_tasks};
 use crate::{
     decide::Fault,
-    event::{Change, Details, OrderEvent},
+    event::{Change, OrderEvent},
     handler::Handler,
 };
 
@@ -46,21 +45,15 @@ impl Handler for Pharmacy {
 
 async fn write_orders(transaction: &mut PgConnection, events: &[&OrderEvent]) -> sqlx::Result<()> {
     let orders = latest(events);
-    let items = |d: &Details| serde_json::to_value(&d.items);
-    let items: Vec<Option<Value>> = orders
-        .iter()
-        .map(|o| o.details.map(items).transpose())
-        .collect::<Result<_, _>>()
-        .map_err(|e| sqlx::Error::Encode(e.into()))?;
     sqlx::query(UPSERT_ORDERS)
-        .bind(orders.iter().map(|o| o.event.order_id.as_str()).collect::<Vec<_>>())
-        .bind(orders.iter().map(|o| o.event.change.status().as_str()).collect::<Vec<_>>())
-        .bind(orders.iter().map(|o| o.event.version).collect::<Vec<_>>())
-        .bind(orders.iter().map(|o| o.event.occurred_on).collect::<Vec<_>>())
-        .bind(orders.iter().map(|o| o.details.map(|d| d.customer_id.as_str())).collect::<Vec<_>>())
-        .bind(orders.iter().map(|o| o.details.map(|d| d.currency.as_str())).collect::<Vec<_>>())
-        .bind(orders.iter().map(|o| o.details.map(|d| d.total_amount)).collect::<Vec<_>>())
-        .bind(items)
+        .bind(column(&orders, |o| o.event.order_id.as_str()))
+        .bind(column(&orders, |o| o.event.change.status().as_str()))
+        .bind(column(&orders, |o| o.event.version))
+        .bind(column(&orders, |o| o.event.occurred_on))
+        .bind(column(&orders, |o| o.details.map(|d| d.customer_id.as_str())))
+        .bind(column(&orders, |o| o.details.map(|d| d.currency.as_str())))
+        .bind(column(&orders, |o| o.details.map(|d| d.total_amount)))
+        .bind(column(&orders, |o| o.details.map(|d| Json(&d.items))))
         .execute(transaction)
         .await?;
     Ok(())
@@ -71,7 +64,7 @@ fn task(change: &Change) -> &'static str {
     match change {
         Change::Created(_) => "check_stock",
         Change::Updated { .. } => "check_changes",
-        Change::Confirmed => "prepare",
-        Change::Cancelled => "return_to_stock",
+        Change::Confirmed { .. } => "prepare",
+        Change::Cancelled { .. } => "return_to_stock",
     }
 }

@@ -6,7 +6,7 @@ use sqlx::AssertSqlSafe;
 
 use crate::stage::{Record, Stage, confirmed, created, eventually, on_stage};
 
-async fn terminate_backends(stage: &Stage) -> i64 {
+pub(crate) async fn terminate_backends(stage: &Stage) -> i64 {
     sqlx::query_scalar(
         "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
          WHERE datname = $1 AND application_name LIKE 'consumer-%'",
@@ -17,7 +17,7 @@ async fn terminate_backends(stage: &Stage) -> i64 {
     .unwrap()
 }
 
-async fn allow_connections(stage: &Stage, allow: bool) {
+pub(crate) async fn allow_connections(stage: &Stage, allow: bool) {
     let sql = format!("ALTER DATABASE {} WITH ALLOW_CONNECTIONS {allow}", stage.name);
     sqlx::query(AssertSqlSafe(sql)).execute(&stage.server).await.unwrap();
 }

@@ -420,8 +420,12 @@ impl Running {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }
 
+    pub(crate) fn url(&self, path: &str) -> String {
+        format!("http://{}{path}", self.address)
+    }
+
     pub(crate) async fn get(&self, path: &str) -> Option<(u16, String)> {
-        let url = format!("http://{}{path}", self.address);
+        let url = self.url(path);
         let get = move || {
             let agent: ureq::Agent = ureq::Agent::config_builder()
                 .http_status_as_error(false)
