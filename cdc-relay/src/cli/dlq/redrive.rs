@@ -143,8 +143,17 @@ impl Selection {
             Some(url) => url.trim_end_matches('/').to_owned(),
             None => format!("http://{}", reachable(&settings.listen)),
         };
+        if base.to_ascii_lowercase().starts_with("https:") {
+            let why = "--relay begins with https://, and the relay's administration speaks plain HTTP only";
+            return Err(
+                Failure::configuration(why).hint("write http://, and send a token over a network you trust")
+            );
+        }
         let agent: ureq::Agent = ureq::Agent::config_builder()
             .http_status_as_error(false)
+            // The token goes nowhere else.
+            .max_redirects(0)
+            .max_redirects_will_error(false)
             .timeout_connect(Some(CONNECT_TIMEOUT))
             .timeout_recv_response(Some(ANSWER_TIMEOUT))
             .build()
