@@ -14,7 +14,8 @@ use crate::{
 pub(crate) struct App {
     pub(crate) settings: Settings,
     traits: Traits,
-    listener: TcpListener,
+    /// Nothing for one that works beside the live consumers: it serves nobody, and its tables are there.
+    listener: Option<TcpListener>,
     health: Health,
 }
 
@@ -22,7 +23,12 @@ impl App {
     /// Takes the port, so that health can be asked while the servers are waited for.
     pub(crate) async fn build(settings: Settings, traits: Traits, health: Health) -> Result<Self, Failure> {
         let listener = http::bind(&settings.listen).await?;
-        Ok(Self { settings, traits, listener, health })
+        Ok(Self { settings, traits, listener: Some(listener), health })
+    }
+
+    /// Works beside the live consumers, on tables that are there: it serves nobody and sends no dead letters.
+    pub(crate) fn beside(settings: Settings, traits: Traits, health: Health) -> Self {
+        Self { settings, traits, listener: None, health }
     }
 
     /// Runs a handler until asked to stop, and drains.
@@ -30,32 +36,38 @@ impl App {
         let Self { settings, traits, listener, health } = self;
         let mut registry = metrics::registry("consumer");
         let metrics = Metrics::new(&mut registry);
-        if let Ok(address) = listener.local_addr() {
-            tracing::info!(%address, handler = settings.handler, group = settings.kafka.group, "starting");
-        }
-        // Served until the very end, also while we drain: it ends with its owner.
-        let (_until_the_end, served) = Shutdown::manual();
         let group = settings.kafka.group.clone();
         let name = format!("consumer-{group}");
         let pool = settings.database.pool(&name);
-        let router = health::router(health.clone(), Arc::new(registry)).merge(handler.router(pool.clone()));
-        let serving = tokio::spawn(http::serve(listener, router, http::Limits::default(), served));
-
-        health.not_ready("waiting_for_database", "connecting");
-        tokio::select! {
-            prepared = settings.database.prepare(&name, traits.tables, traits.schema) => prepared?,
-            () = shutdown.requested() => return Ok(()),
-        };
+        let is_live = listener.is_some();
+        let mut serving = None;
+        // Served until the very end, also while we drain: it ends with its owner.
+        let (_until_the_end, served) = Shutdown::manual();
+        if let Some(listener) = listener {
+            if let Ok(address) = listener.local_addr() {
+                tracing::info!(%address, handler = settings.handler, group, "starting");
+            }
+            let queries = handler.router(pool.clone());
+            let router = health::router(health.clone(), Arc::new(registry)).merge(queries);
+            serving = Some(tokio::spawn(http::serve(listener, router, http::Limits::default(), served)));
+            health.not_ready("waiting_for_database", "connecting");
+            tokio::select! {
+                prepared = settings.database.prepare(&name, traits.tables, traits.schema) => prepared?,
+                () = shutdown.requested() => return Ok(()),
+            };
+        }
         let redrive_topic = delivery::redrive_topic(&group);
         let (policy, apply_timeout) = (settings.policy.clone(), settings.limits.apply_timeout);
         let store = Store { pool, group, handler, policy, apply_timeout };
         health.not_ready("joining", "");
-        let dead_letters = Some(DeadLetters::new(&settings.kafka)?);
+        let dead_letters = is_live.then(|| DeadLetters::new(&settings.kafka)).transpose()?;
         let (consumer, events) = group::join(&settings.kafka)?;
         let shared =
             Arc::new(Shared { store, dead_letters, metrics, limits: settings.limits, redrive_topic });
         let outcome = Assignment::new(consumer, events, shared, health)?.run(shutdown).await;
-        serving.abort();
+        if let Some(serving) = serving {
+            serving.abort();
+        }
         outcome
     }
 }

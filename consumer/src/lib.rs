@@ -30,6 +30,7 @@ mod offer;
 pub mod outbox;
 mod parking;
 mod partition;
+mod rebuild;
 mod record;
 mod redrive;
 mod run;

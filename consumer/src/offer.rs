@@ -27,7 +27,6 @@ pub(crate) struct Traits {
     /// Its events have versions: see [`crate::Event::version`].
     pub(crate) versioned: bool,
     /// The tables that can be built anew from the topic.
-    #[expect(dead_code, reason = "rebuilding comes with the next change")]
     pub(crate) projection: &'static [&'static str],
     /// Statements that make the handler's own tables.
     pub(crate) schema: &'static str,

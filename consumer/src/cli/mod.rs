@@ -17,6 +17,7 @@ use crate::{
     group,
     handler::Tables,
     offer::Offer,
+    rebuild::{self, Choice},
 };
 
 /// Applies events from Kafka, each once, to a database of its own.
@@ -62,6 +63,17 @@ enum Command {
     /// Make or migrate the tables of the consumer's own database, and exit. Every start does it too; this is for what
     /// needs the tables before there is a consumer, such as a relay for its outbox.
     Migrate,
+    /// Make the handler's projection anew from the beginning of its topics, beside the live one, and swap them.
+    ///
+    /// The live consumers go on, and so do readers. Nothing is published again, and no dead letter is sent.
+    Rebuild {
+        /// Keep the tables that are replaced, in a schema of their own
+        #[arg(long)]
+        keep_old: bool,
+        /// Swap although records fail that had not failed before; they become dead letters
+        #[arg(long)]
+        accept_failures: bool,
+    },
     #[command(flatten)]
     Operate(operate::Command),
     /// About the configuration.
@@ -103,6 +115,10 @@ impl Args {
         let settings = Box::new(config.check(&offer)?);
         group::check(&settings.kafka)?;
         Ok(match self.command {
+            Some(Command::Rebuild { keep_old, accept_failures }) => {
+                rebuild::check(offer.name(), &offer.traits())?;
+                Work::Rebuild(settings, offer, Choice { keep_old, accept_failures })
+            }
             Some(Command::Operate(command)) => Work::Operate(settings, offer.traits().tables, command),
             _ => Work::Consume(settings, offer),
         })
@@ -113,6 +129,7 @@ impl Args {
 enum Work {
     Consume(Box<Settings>, Offer),
     Operate(Box<Settings>, Tables, operate::Command),
+    Rebuild(Box<Settings>, Offer, Choice),
     Migrate(Box<Database>),
 }
 
@@ -133,6 +150,10 @@ impl Work {
             }
             // A signal ends it at once, wherever it is.
             Self::Operate(settings, tables, command) => operate::carry_out(&settings, tables, command).await,
+            Self::Rebuild(settings, offer, choice) => {
+                let (_trigger, shutdown) = Shutdown::on_signals()?;
+                rebuild::run(*settings, offer, choice, shutdown).await
+            }
             Self::Migrate(database) => {
                 let (_trigger, shutdown) = Shutdown::on_signals()?;
                 tokio::select! {

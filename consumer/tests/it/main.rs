@@ -15,5 +15,6 @@ mod outage;
 mod parking;
 mod pause;
 mod poison;
+mod rebuild;
 mod stage;
 mod start;
