@@ -73,6 +73,7 @@ fn row<'a>(group: &str, asked: &Asked<'a>, applied_at: DateTime<Utc>) -> sqlx::R
     let Asked { message_id, attempt, lsn, traceparent } = *asked;
     let body = Acknowledgement { message_id, consumer_group: group, attempt, applied_at, lsn };
     Ok(Row {
+        id: Uuid::now_v7(),
         aggregate_type: "ack",
         aggregate_id: message_id.to_string(),
         event_type: TYPE,

@@ -3,23 +3,32 @@
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-/// What is to be published. Its id is given here.
+/// What is to be published.
 #[derive(Debug)]
 pub struct Row<'a> {
+    /// The record's header `id`, by which whoever gets it twice knows it.
+    pub id: Uuid,
+    /// What the record is about: its header `aggregatetype`.
     pub aggregate_type: &'a str,
     /// The record's key.
     pub aggregate_id: String,
+    /// The record's header `type`.
     pub event_type: &'a str,
     /// JSON.
     pub payload: String,
+    /// The record's header `traceparent`: of what this follows from.
     pub traceparent: Option<&'a str>,
+    /// Where it goes.
     pub topic: &'a str,
 }
 
 /// Publishes rows, in order, if and only if the transaction commits. They are deleted again at once: the relay reads
 /// their insertion from the log, so the table stays empty.
 pub async fn publish(transaction: &mut PgConnection, rows: &[Row<'_>]) -> sqlx::Result<()> {
-    let ids: Vec<Uuid> = rows.iter().map(|_| Uuid::now_v7()).collect();
+    if rows.is_empty() {
+        return Ok(());
+    }
+    let ids: Vec<Uuid> = rows.iter().map(|row| row.id).collect();
     sqlx::query(
         "INSERT INTO outbox (id, aggregatetype, aggregateid, type, payload, traceparent, topic)
          SELECT id, aggregatetype, aggregateid, type, payload::jsonb, traceparent, topic

@@ -6,6 +6,7 @@
 
 mod compose;
 mod flow;
+mod group;
 mod kills;
 mod messages;
 mod outage;

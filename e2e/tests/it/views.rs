@@ -58,8 +58,13 @@ impl Database {
     }
 }
 
-/// Everything in `order-events`: partition by partition, in order, up to where the topic ends now.
+/// Everything in `order-events`.
 pub(crate) fn order_events(stack: &Stack) -> Vec<OwnedMessage> {
+    records(stack, "order-events")
+}
+
+/// Everything in a topic of six partitions: partition by partition, in order, up to where the topic ends now.
+pub(crate) fn records(stack: &Stack, topic: &str) -> Vec<OwnedMessage> {
     let consumer: BaseConsumer = ClientConfig::new()
         .set("bootstrap.servers", stack.url("kafka"))
         .set("group.id", "none")
@@ -68,10 +73,9 @@ pub(crate) fn order_events(stack: &Stack) -> Vec<OwnedMessage> {
         .unwrap();
     let (mut list, mut expected) = (TopicPartitionList::new(), 0_usize);
     for partition in 0..6 {
-        let (low, high) =
-            consumer.fetch_watermarks("order-events", partition, Duration::from_secs(30)).unwrap();
+        let (low, high) = consumer.fetch_watermarks(topic, partition, Duration::from_secs(30)).unwrap();
         expected += usize::try_from(high - low).unwrap();
-        list.add_partition_offset("order-events", partition, Offset::Beginning).unwrap();
+        list.add_partition_offset(topic, partition, Offset::Beginning).unwrap();
     }
     consumer.assign(&list).unwrap();
     let mut messages = Vec::new();
