@@ -37,6 +37,8 @@ mod run;
 mod settle;
 mod store;
 
+pub use service::Failure;
+
 pub use crate::{
     cli::main,
     decide::{Cause, Fault, Poison, Reason},

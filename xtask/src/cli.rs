@@ -165,8 +165,8 @@ pub(crate) struct Up {
     /// How many Kafka brokers
     #[arg(long, default_value = "1", value_parser = brokers)]
     pub brokers: u16,
-    /// How many instances of a service (order-api, cdc-relay, consumers-relay, pharmacy, fulfillment, messages, acks);
-    /// repeatable
+    /// How many instances of a service (order-api, cdc-relay, consumers-relay, pharmacy, fulfillment, messages, acks,
+    /// order-view); repeatable
     #[arg(long, value_name = "NAME=N", value_parser = scale)]
     pub scale: Vec<(String, u16)>,
     /// The documented ports, or free ones
@@ -261,8 +261,16 @@ pub(crate) const NO_BUILD: &str = "XTASK_NO_BUILD";
 pub(crate) const INSTANCES_MAX: u16 = 16;
 
 /// Services that `--scale` knows.
-pub(crate) const SERVICES: [&str; 7] =
-    ["order-api", "cdc-relay", "consumers-relay", "pharmacy", "fulfillment", "messages", "acks"];
+pub(crate) const SERVICES: [&str; 7] = [
+    "order-api",
+    "cdc-relay",
+    "consumers-relay",
+    "pharmacy",
+    "fulfillment",
+    "messages",
+    "acks",
+    "order-view",
+];
 
 impl Postgres {
     /// As it is written on the command line.

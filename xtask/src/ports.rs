@@ -17,7 +17,7 @@ const POSTGRES: u16 = 15432;
 const KAFKA: u16 = 19092;
 /// Kafka's brokers talk among themselves here.
 const CONTROLLER: u16 = 19192;
-const SERVICES: [(&str, u16); 7] = [
+const SERVICES: [(&str, u16); 8] = [
     ("order-api", 8080),
     ("cdc-relay", 8081),
     ("consumers-relay", 8082),
@@ -25,9 +25,10 @@ const SERVICES: [(&str, u16); 7] = [
     ("fulfillment", 8091),
     ("messages", 8092),
     ("acks", 8093),
+    ("order-view", 8094),
 ];
 /// The consumers, each called by its handler.
-pub(crate) const CONSUMERS: [&str; 4] = ["pharmacy", "fulfillment", "messages", "acks"];
+pub(crate) const CONSUMERS: [&str; 5] = ["pharmacy", "fulfillment", "messages", "acks", "order-view"];
 /// Further instances (`--scale`) take the next free ports from here, in the order of `SERVICES`.
 const FURTHER: u16 = 8100;
 const FURTHER_TO: u16 = 8999;
@@ -35,9 +36,9 @@ const FURTHER_TO: u16 = 8999;
 /// Free ports come from below those that Linux gives to outgoing connections (32768 and up), so that a port is
 /// still free when the server that had it is started again.
 const AUTO_FROM: u16 = 20_000;
-const AUTO_BLOCKS: u16 = 106;
-/// Ports of one block; the largest stack (three brokers, every service at its most instances) needs 119.
-const AUTO_BLOCK: u16 = 120;
+const AUTO_BLOCKS: u16 = 93;
+/// Ports of one block; the largest stack (three brokers, every service at its most instances) needs 135.
+const AUTO_BLOCK: u16 = 136;
 
 /// The ports of one stack.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -74,7 +75,7 @@ pub(crate) fn choose(up: &Up, claims: &Path) -> Result<(Ports, Option<File>)> {
             return Ok((ports, Some(claim)));
         }
     }
-    Err(Failure::new("no free ports between 20000 and 32720"))
+    Err(Failure::new("no free ports between 20000 and 32648"))
 }
 
 /// Two stacks that choose at the same moment must not choose the same ports.
@@ -210,7 +211,8 @@ mod tests {
                 ("pharmacy", 8090),
                 ("fulfillment", 8091),
                 ("messages", 8092),
-                ("acks", 8093)
+                ("acks", 8093),
+                ("order-view", 8094)
             ]
         );
     }
@@ -232,7 +234,8 @@ mod tests {
                 ("pharmacy-2", 8103),
                 ("fulfillment", 8091),
                 ("messages", 8092),
-                ("acks", 8093)
+                ("acks", 8093),
+                ("order-view", 8094)
             ]
         );
     }

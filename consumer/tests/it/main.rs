@@ -15,6 +15,7 @@ mod outage;
 mod parking;
 mod pause;
 mod poison;
+mod programs;
 mod rebuild;
 mod stage;
 mod start;

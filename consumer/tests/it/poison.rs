@@ -117,6 +117,29 @@ fn a_poison_that_is_too_large_with_its_headers_is_dead_lettered_without_its_valu
     });
 }
 
+/// More than a fetch takes, and more than a topic takes by default.
+#[test]
+fn values_of_five_megabytes_are_applied_or_dead_lettered_like_any_other() {
+    on_stage(1, async |stage| {
+        const BYTES: usize = 5_000_000;
+        let large = "large-events";
+        let topic = format!("{}-{large}", stage.name);
+        for name in [topic.clone(), format!("{topic}-dlq")] {
+            stage.create_topic_with(&name, &[("max.message.bytes", "10000000")]).await;
+        }
+        let consumer = stage.spawn(stage.command_on("pharmacy", &topic)).await;
+        consumer.until_ready().await;
+        let blank = " ".repeat(BYTES);
+        let good = Record::of(&with(created("large"), "unknownField", json!(blank)));
+        let bad = Record::of(&with(created("bad"), "currency", json!(blank)));
+        stage.produce_to(&topic, [good, bad.clone(), Record::of(&created("after"))]).await;
+        stage.until_number("SELECT count(*) FROM pharmacy_orders", 2).await;
+        let letters = stage.dead_letters_of(&topic, 1).await;
+        assert_eq!(letters[0].header("dlq.reason"), "bad_value");
+        assert!(letters[0].value == bad.value, "its value is another");
+    });
+}
+
 #[test]
 fn without_a_dead_letter_topic_the_partition_waits_and_nothing_is_lost() {
     on_stage(2, async |stage| {

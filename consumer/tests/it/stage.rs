@@ -4,7 +4,7 @@ use std::{
     fs::File,
     future::Future,
     panic::AssertUnwindSafe,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     sync::{
         Arc,
@@ -118,7 +118,13 @@ impl Stage {
     }
 
     pub(crate) async fn create_topic(&self, topic: &str) {
+        self.create_topic_with(topic, &[]).await;
+    }
+
+    /// The same with settings.
+    pub(crate) async fn create_topic_with(&self, topic: &str, settings: &[(&str, &str)]) {
         let new = NewTopic::new(topic, self.partitions, TopicReplication::Fixed(1));
+        let new = settings.iter().fold(new, |new, (name, value)| new.set(name, value));
         let options = AdminOptions::new().operation_timeout(Some(Duration::from_secs(30)));
         let results = self.admin().create_topics(&[new], &options).await.unwrap();
         results[0].as_ref().expect("Kafka must answer; run `cargo xtask test -- -p consumer`");
@@ -140,7 +146,12 @@ impl Stage {
 
     /// The same on another topic.
     pub(crate) fn command_on(&self, handler: &str, topic: &str) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_consumer"));
+        self.command_of(Path::new(env!("CARGO_BIN_EXE_consumer")), handler, topic)
+    }
+
+    /// The same of another program.
+    pub(crate) fn command_of(&self, program: &Path, handler: &str, topic: &str) -> Command {
+        let mut command = Command::new(program);
         command
             .args(["--handler", handler, "--listen", "127.0.0.1:0", "--group", &self.name])
             .args(["--brokers", &self.brokers, "--topics", topic])
@@ -207,7 +218,12 @@ impl Stage {
 
     /// Reads `count` records of the dead-letter topic, in the order of their offsets at the source.
     pub(crate) async fn dead_letters(&self, count: usize) -> Vec<Letter> {
-        let (config, topic, partitions) = (self.client(), self.dlq(), self.partitions);
+        self.dead_letters_of(&self.topic, count).await
+    }
+
+    /// The same of another topic.
+    pub(crate) async fn dead_letters_of(&self, topic: &str, count: usize) -> Vec<Letter> {
+        let (config, topic, partitions) = (self.client(), format!("{topic}-dlq"), self.partitions);
         tokio::task::spawn_blocking(move || read(config, &topic, partitions, count)).await.unwrap()
     }
 

@@ -12,7 +12,7 @@ use serde_json::Value;
 use service::{Health, health, http, metrics, shutdown::Shutdown};
 
 /// Our services in compose, and the binary of each.
-const SERVICES: [(&str, &str); 10] = [
+const SERVICES: [(&str, &str); 11] = [
     ("order-api", "order-api"),
     ("cdc-relay-init", "cdc-relay"),
     ("cdc-relay", "cdc-relay"),
@@ -23,15 +23,17 @@ const SERVICES: [(&str, &str); 10] = [
     ("fulfillment", "consumer"),
     ("messages", "consumer"),
     ("acks", "consumer"),
+    ("order-view", "consumer"),
 ];
 /// Those of them that do one thing and end.
 const ONE_SHOT: [&str; 3] = ["cdc-relay-init", "consumers-migrate", "consumers-relay-init"];
 /// Consumers and the topics they read.
-const CONSUMERS: [(&str, &str); 4] = [
+const CONSUMERS: [(&str, &str); 5] = [
     ("pharmacy", "order-events"),
     ("fulfillment", "order-events"),
     ("messages", "notifications"),
     ("acks", "order-acks"),
+    ("order-view", "order-events"),
 ];
 const BROKERS: [&str; 3] = ["kafka-1", "kafka-2", "kafka-3"];
 const PREFIXES: [&str; 3] = ["ORDER_API_", "CDC_RELAY_", "CONSUMER_"];
@@ -189,6 +191,7 @@ fn a_service_listens_where_its_port_and_its_health_check_look() {
             "consumers-relay" | "fulfillment" => 1,
             "messages" => 2,
             "acks" => 3,
+            "order-view" => 4,
             _ => 0,
         };
         assert_eq!(first, usual + further, "{service}");

@@ -40,9 +40,9 @@ fn three_that_are_killed_every_second_apply_everything_once_and_publish_what_fol
         let (since, mut broker_restarted) = (Instant::now(), false);
         while since.elapsed() < CAMPAIGN {
             std::thread::sleep(Duration::from_secs(1));
-            let member = MEMBERS[fastrand::usize(..MEMBERS.len())];
             // One that is not up again yet cannot be killed.
-            if stack.pid(member).is_some_and(|pid| kill_process(pid, Signal::KILL).is_ok()) {
+            let up: Vec<_> = MEMBERS.iter().filter_map(|member| stack.pid(member)).collect();
+            if !up.is_empty() && kill_process(up[fastrand::usize(..up.len())], Signal::KILL).is_ok() {
                 kills += 1;
             }
             if since.elapsed() > CAMPAIGN / 2 && !broker_restarted {

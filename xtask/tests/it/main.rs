@@ -239,7 +239,7 @@ fn a_service_that_halts_is_left_down_and_one_that_dies_is_not() {
     let told = stack.xtask(&[&["up", "--detach", "--json", "--no-build"], &scale[..]].concat());
     let told: Value = serde_json::from_str(&ok(&told)).unwrap();
     let names: Vec<_> = told["consumers"].as_object().unwrap().keys().cloned().collect();
-    assert_eq!(names, ["acks", "fulfillment", "messages", "pharmacy", "pharmacy-2"]);
+    assert_eq!(names, ["acks", "fulfillment", "messages", "order-view", "pharmacy", "pharmacy-2"]);
     stack.kill_and_wait("pharmacy-2");
     stack.kill_and_wait("cdc-relay");
     stack.kill_and_wait("consumers-relay");
