@@ -111,7 +111,7 @@ psql *args:
 test *args:
     cargo xtask test "$@"
 
-# What the relay costs, beside pg_recvlogical: `just bench drain --workload single`; the API, beside pgbench: `just bench api`
+# What the relay costs, beside pg_recvlogical: `just bench drain --workload single`; the API, beside pgbench: `just bench api`; the consumer: `just bench consumer`
 bench *args:
     cargo xtask bench "$@"
 

@@ -39,7 +39,7 @@ pub(crate) enum Command {
     Sim(Sim),
     /// Fuzz the relay's core; needs a C++ compiler (g++), nothing else
     Fuzz(Fuzz),
-    /// Measure the relay and the API, on servers of their own
+    /// Measure the relay, the API and the consumer, on servers of their own
     #[command(subcommand)]
     Bench(Bench),
 }
@@ -75,6 +75,47 @@ pub(crate) enum Bench {
     Drain(Drain),
     /// How many orders a second the API takes, in proportion to pgbench with the API's own statement
     Api(ApiBench),
+    /// How many events a second the consumer applies, in proportion to SQL that writes the same rows and to a
+    /// confluent-kafka consumer that does nothing; and how long the first event of a new topic takes
+    Consumer(ConsumerBench),
+}
+
+#[derive(Debug, Clone, Args)]
+pub(crate) struct ConsumerBench {
+    /// How many events there are
+    #[arg(long, value_name = "N", default_value_t = 500_000, value_parser = clap::value_parser!(u64).range(1..=5_000_000))]
+    pub events: u64,
+    /// How often the arms take turns
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub rounds: u32,
+    /// How many partitions the topic has, and connections there are to the database
+    #[arg(long, value_name = "N", default_value_t = 6, value_parser = clap::value_parser!(u32).range(1..=60))]
+    pub partitions: u32,
+    /// Which handler of the consumer's
+    #[arg(long, value_enum, default_value = "pharmacy")]
+    pub handler: OrderHandler,
+    /// The most events of one transaction [default: the consumer's own]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=100_000))]
+    pub batch_records: Option<u64>,
+    /// The version of Postgres
+    #[arg(long, value_enum, default_value = "18")]
+    pub postgres: Postgres,
+    /// A Postgres setting, e.g. `synchronous_commit=off`; repeatable
+    #[arg(long, value_name = "NAME=VALUE", value_parser = setting)]
+    pub postgres_set: Vec<(String, String)>,
+    /// Print the numbers as JSON on standard output
+    #[arg(long)]
+    pub json: bool,
+    /// Take the consumer's binary as it is
+    #[arg(long, env = NO_BUILD)]
+    pub no_build: bool,
+}
+
+/// A handler that applies order events.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum OrderHandler {
+    Pharmacy,
+    Fulfillment,
 }
 
 #[derive(Debug, Clone, Args)]
@@ -271,6 +312,13 @@ pub(crate) const SERVICES: [&str; 7] = [
     "acks",
     "order-view",
 ];
+
+impl OrderHandler {
+    /// As the consumer calls it.
+    pub(crate) fn name(self) -> String {
+        self.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
+    }
+}
 
 impl Postgres {
     /// As it is written on the command line.

@@ -120,7 +120,7 @@ pub(crate) fn prepare(
     if !cluster.is_dir() {
         init(layout, installation, &cluster)?;
     }
-    let sockets = layout.run.join("pg");
+    let sockets = sockets(layout);
     own(layout, &sockets, 0o755)?;
     let conf = cluster.join("stack.conf");
     fs::write(&conf, stack_conf(port, &sockets, settings)).explain(|| format!("write {}", conf.display()))
@@ -190,6 +190,11 @@ fn stack_conf(port: u16, sockets: &Path, settings: &[(String, String)]) -> Strin
     let quoted = |value: String| value.replace('\\', "\\\\").replace('\'', "''");
     let lines = own.into_iter().chain(given).map(|(name, value)| format!("{name} = '{}'", quoted(value)));
     lines.collect::<Vec<_>>().join("\n") + "\n"
+}
+
+/// The folder of the Unix socket.
+pub(crate) fn sockets(layout: &Layout) -> PathBuf {
+    layout.run.join("pg")
 }
 
 /// How to run it.

@@ -212,7 +212,7 @@ pub(crate) async fn init(layout: &Layout, ports: &Ports) -> Result<()> {
 }
 
 /// Runs a command of a package to its end.
-async fn once(
+pub(crate) async fn once(
     layout: &Layout,
     name: &str,
     package: &str,

@@ -1,7 +1,9 @@
-//! `cargo xtask bench`: what the relay and the API cost and how fast they are, on servers of their own.
+//! `cargo xtask bench`: what the relay, the API and the consumer cost and how fast they are, on servers of their
+//! own.
 
 mod api;
 mod arm;
+mod consumer;
 mod drain;
 mod host;
 mod idle;
@@ -20,5 +22,6 @@ pub(crate) async fn bench(command: &Bench) -> Result<()> {
     match command {
         Bench::Drain(args) => drain::drain(args).await,
         Bench::Api(args) => api::api(args).await,
+        Bench::Consumer(args) => consumer::consumer(args).await,
     }
 }
