@@ -24,6 +24,7 @@ pub(crate) struct Config {
     pub(crate) consumer: ConsumerConfig,
     pub(crate) kafka: KafkaConfig,
     pub(crate) postgres: PostgresConfig,
+    pub(crate) notify: NotifyConfig,
     pub(crate) http: Http,
     pub(crate) fleet: FleetConfig,
     pub(crate) log: Log,
@@ -127,6 +128,22 @@ impl Default for PostgresConfig {
     }
 }
 
+/// `[notify]`; the handler of that name checks it. The URL's path may be as good as a password, so it is a secret.
+#[derive(Debug, Clone, Deserialize)]
+#[cfg_attr(test, derive(PartialEq))]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct NotifyConfig {
+    pub(crate) url: Secret,
+    pub(crate) secret: Secret,
+    pub(crate) timeout_ms: u64,
+}
+
+impl Default for NotifyConfig {
+    fn default() -> Self {
+        Self { url: Secret::default(), secret: Secret::default(), timeout_ms: 5000 }
+    }
+}
+
 /// `[http]` with this service's default.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(transparent)]
@@ -151,6 +168,7 @@ pub(crate) struct Settings {
     pub(crate) policy: Policy,
     pub(crate) kafka: KafkaConfig,
     pub(crate) database: Database,
+    pub(crate) notify: NotifyConfig,
     pub(crate) listen: String,
     /// Who is told of this instance.
     pub(crate) fleet: Option<fleet::Settings>,
@@ -210,6 +228,7 @@ impl Config {
         range("consumer.retries_max", c.retries_max.into(), 0, 100)?;
         range("consumer.gap_wait_seconds", c.gap_wait_seconds, 1, 86_400)?;
         range("consumer.drain_timeout_seconds", c.drain_timeout_seconds, 1, 120)?;
+        range("notify.timeout_ms", self.notify.timeout_ms, 10, 60_000)?;
         range("kafka.commit_interval_ms", self.kafka.commit_interval_ms, 10, 60_000)?;
         let limits = Limits {
             batch_records_max: c.batch_records_max,
@@ -223,15 +242,18 @@ impl Config {
             drain_timeout: Duration::from_secs(c.drain_timeout_seconds),
             commit_interval: Duration::from_millis(self.kafka.commit_interval_ms),
         };
-        Ok(Settings {
+        let settings = Settings {
             handler: offer.name(),
             limits,
             policy: self.consumer.policy(offer)?,
             kafka: check_kafka(self.kafka, offer)?,
             database: self.postgres.check()?,
+            notify: self.notify,
             listen: self.http.0.listen,
             fleet: self.fleet.check()?,
-        })
+        };
+        offer.check(&settings)?;
+        Ok(settings)
     }
 }
 
@@ -410,7 +432,7 @@ mod tests {
         // Every key is in it: one that is not would not be found by a reader.
         let keys: toml::Table = toml::from_str(EXAMPLE).unwrap();
         let count: usize = keys.values().filter_map(toml::Value::as_table).map(toml::Table::len).sum();
-        assert_eq!(count, 12 + 5 + 4 + 1 + 4 + 2);
+        assert_eq!(count, 12 + 5 + 4 + 3 + 1 + 4 + 2);
     }
 
     #[test]

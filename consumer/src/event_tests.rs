@@ -84,6 +84,15 @@ fn the_golden_order_is_read_to_the_last_decimal() {
     );
 }
 
+#[test]
+fn what_only_some_events_tell_is_kept() {
+    let change = |n| parse_body(&example(n)).unwrap().change;
+    assert_eq!(change(0).details().unwrap().notes, None);
+    assert_eq!(change(1).details().unwrap().notes.as_deref(), Some("Ring twice"));
+    assert_eq!(change(2), Change::Confirmed { payment_id: "payment-1".into() });
+    assert_eq!(change(3), Change::Cancelled { reason: "The customer changed their mind".into() });
+}
+
 /// A field that a schema requires is one we miss; a value the schema refuses is one we refuse.
 #[test]
 fn what_the_schema_requires_we_require() {
@@ -149,6 +158,9 @@ fn values_of_the_right_type_can_still_be_wrong() {
         (0, "/items/0/quantity", json!(4_294_967_296_u64)),
         (0, "/items/0/quantity", json!(-1)),
         (1, "/status", json!("lost")),
+        (1, "/notes", json!("")),
+        (2, "/paymentId", json!("has space")),
+        (3, "/reason", json!("")),
     ];
     for (n, pointer, value) in refused {
         assert_eq!(

@@ -36,6 +36,7 @@ mod redrive;
 mod run;
 mod settle;
 mod store;
+mod tls;
 
 pub use service::Failure;
 

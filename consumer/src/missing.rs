@@ -6,7 +6,10 @@ use std::{fmt::Write as _, time::Duration};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use crate::record::{Event, Record};
+use crate::{
+    record::{Event, Record},
+    tls,
+};
 
 /// How long a page may take.
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -90,7 +93,7 @@ fn escape(text: &str) -> String {
 /// A page; nothing where there is no such aggregate.
 fn page(address: &str) -> Result<Option<Page>, String> {
     let config = ureq::Agent::config_builder().timeout_global(Some(TIMEOUT)).http_status_as_error(false);
-    let agent: ureq::Agent = config.build().into();
+    let agent: ureq::Agent = config.tls_config(tls::config()).build().into();
     let mut answer = agent.get(address).call().map_err(|e| format!("GET {address}: {e}"))?;
     let status = answer.status().as_u16();
     if status == 404 {

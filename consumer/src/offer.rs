@@ -17,6 +17,7 @@ pub struct Offer {
     name: &'static str,
     topic: Option<&'static str>,
     traits: Traits,
+    check: Check,
     run: Run,
 }
 
@@ -32,6 +33,8 @@ pub(crate) struct Traits {
     pub(crate) schema: &'static str,
 }
 
+type Check = fn(&Settings) -> Result<(), Failure>;
+
 type Run = Box<dyn FnOnce(App, Shutdown) -> Pin<Box<dyn Future<Output = Result<(), Failure>>>>>;
 
 /// What a handler is made from.
@@ -39,7 +42,6 @@ type Run = Box<dyn FnOnce(App, Shutdown) -> Pin<Box<dyn Future<Output = Result<(
 pub struct Setup<'a> {
     /// The consumer group.
     pub group: &'a str,
-    #[expect(dead_code, reason = "for the handlers of this crate that have a section of their own")]
     pub(crate) settings: &'a Settings,
 }
 
@@ -64,7 +66,21 @@ impl Offer {
                 app.run(handler, shutdown).await
             })
         });
-        Self { name, topic, traits, run }
+        Self { name, topic, traits, check: |_| Ok(()), run }
+    }
+
+    /// Of a handler with a section of its own: what is wrong with it, before anything is started.
+    pub(crate) fn checked(mut self, check: Check) -> Self {
+        self.check = check;
+        self
+    }
+
+    /// Whether a configuration suits the handler.
+    ///
+    /// # Errors
+    /// 64, naming the key.
+    pub(crate) fn check(&self, settings: &Settings) -> Result<(), Failure> {
+        (self.check)(settings)
     }
 
     pub(crate) fn name(&self) -> &'static str {

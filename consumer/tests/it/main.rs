@@ -11,6 +11,8 @@ mod delivery;
 mod dlq;
 mod group;
 mod messages;
+mod notify;
+mod order_view;
 mod outage;
 mod parking;
 mod pause;
