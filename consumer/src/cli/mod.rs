@@ -3,6 +3,8 @@
 mod dlq;
 mod operate;
 mod pause;
+mod seek;
+mod status;
 mod time;
 
 use std::{path::PathBuf, process::ExitCode, time::Duration};

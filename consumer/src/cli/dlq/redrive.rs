@@ -17,8 +17,9 @@ use super::{
 use crate::{
     cluster::{Cluster, Member, Topic},
     config::Settings,
+    delivery::redrive_topic,
     ledger::{Chosen, Ledger, Letter, Place},
-    redrive::{self, Action},
+    redrive::Action,
 };
 
 /// Letters that are sent before their outcomes are waited for.
@@ -228,7 +229,7 @@ impl<'a> Work<'a> {
     /// When the group's own topic does not exist.
     fn look_for_topic(&self) -> Result<(), Failure> {
         let kafka = &self.settings.kafka;
-        let topic = redrive::topic_of(&kafka.group);
+        let topic = redrive_topic(&kafka.group);
         if self.cluster.topic(&topic)?.is_some() {
             return Ok(());
         }
@@ -292,7 +293,7 @@ impl<'a> Work<'a> {
 
     async fn finish(&mut self, lines: &mut [Line]) -> Result<(), Failure> {
         for too_large in self.sender.finish().await? {
-            let topic = redrive::topic_of(&self.settings.kafka.group);
+            let topic = redrive_topic(&self.settings.kafka.group);
             lines[too_large].outcome = Outcome::Refused;
             lines[too_large].detail =
                 format!("{topic} does not take a record that large: raise its max.message.bytes");
@@ -304,7 +305,7 @@ impl<'a> Work<'a> {
     fn prepare(&mut self, letter: &Letter) -> Result<Result<Option<Copy>, String>, Failure> {
         if letter.redrives >= self.redrives_max {
             return Ok(Err(format!(
-                "redriven {} times already: --redrives-max N once its cause is mended, or `consumer dlq discard {}`",
+                "redriven {} times already: --redrives-max N once its cause is mended, or `consumer dlq discard {} --yes`",
                 letter.redrives, letter.place
             )));
         }
@@ -393,7 +394,7 @@ impl<'a> Work<'a> {
     /// Why nothing moves.
     async fn nobody_consumes(&self, ledger: &mut Ledger) -> Failure {
         let (group, seconds) = (&self.settings.kafka.group, STILL_LIMIT.as_secs());
-        let topic = redrive::topic_of(group);
+        let topic = redrive_topic(group);
         let still =
             |why: String| Failure::new(Kind::GaveUp, format!("nothing has moved for {seconds} s: {why}"));
         if let Ok(Some(_)) = ledger.paused().await {

@@ -3,7 +3,6 @@
 use rdkafka::{
     Message,
     error::{KafkaError, RDKafkaErrorCode},
-    message::OwnedHeaders,
     producer::{DeliveryFuture, FutureProducer, FutureRecord},
 };
 use service::{Failure, exit::Kind};
@@ -12,6 +11,7 @@ use super::copy::Copy;
 use crate::{
     cluster::Quiet,
     config::KafkaConfig,
+    delivery::redrive_topic,
     group,
     ledger::Letter,
     redrive::{self, Action},
@@ -43,7 +43,7 @@ impl Sender {
             .set("message.max.bytes", "1000000000")
             .set("partitioner", "murmur2_random");
         let producer = config.create_with_context(Quiet::default()).map_err(|e| group::bad_client(&e))?;
-        let topic = redrive::topic_of(&kafka.group);
+        let topic = redrive_topic(&kafka.group);
         Ok(Self { producer, topic, under_way: Vec::new(), bytes: 0 })
     }
 
@@ -63,7 +63,7 @@ impl Sender {
     ) -> Result<(), Failure> {
         let original = copy.and_then(|copy| copy.headers.as_deref()).unwrap_or_default();
         let place = (letter.place.topic.as_str(), letter.place.partition, letter.place.offset);
-        let headers: OwnedHeaders = redrive::headers(original, place, number, action);
+        let headers = redrive::headers(original, place, number, action);
         let mut record: FutureRecord<'_, [u8], [u8]> = FutureRecord::to(&self.topic).headers(headers);
         record.key = letter.key.as_deref();
         record.payload = copy.and_then(|copy| copy.record.payload());
