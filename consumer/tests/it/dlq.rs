@@ -1,6 +1,9 @@
 //! `consumer dlq`: what it shows, and byte by byte what it sends to the group.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, LazyLock},
+    time::Duration,
+};
 
 use rdkafka::{
     Message, Offset, TopicPartitionList,
@@ -22,7 +25,8 @@ struct Raw {
     timestamp_ms: i64,
 }
 
-const WRITTEN_MS: i64 = 1_700_000_000_123;
+/// When the records were written: another time than now, and none that retention is over for.
+static WRITTEN_MS: LazyLock<i64> = LazyLock::new(|| chrono::Utc::now().timestamp_millis() - 3_600_123);
 
 /// A record that a handler could not use.
 fn poison(key: &str) -> Raw {
@@ -35,7 +39,7 @@ fn poison(key: &str) -> Raw {
             ("nothing".into(), None),
             ("type".into(), Some(b"Twice".to_vec())),
         ],
-        timestamp_ms: WRITTEN_MS,
+        timestamp_ms: *WRITTEN_MS,
     }
 }
 
@@ -276,12 +280,13 @@ fn a_letter_is_shown_whole() {
         let letter = Like { blocks_key: true, ..Like::of("a") }.put(&stage).await;
         park(&stage, "a", 22).await;
         let said = dlq(&stage, &["show", &letter.name]).await;
+        let written = chrono::DateTime::from_timestamp_millis(*WRITTEN_MS).unwrap();
         for line in [
             &format!("letter     {}", letter.name),
             "state      open",
             "error      the field is missing",
             "attempts   4",
-            "written    2023-11-14T22:13:20.123Z",
+            &format!("written    {}", written.format("%Y-%m-%dT%H:%M:%S%.3fZ")),
             "blocks key yes",
             &format!("parked     {}/0/6001 since", stage.topic),
             "parked     and 2 more",

@@ -19,5 +19,7 @@ mod pause;
 mod poison;
 mod programs;
 mod rebuild;
+mod redrive;
 mod stage;
 mod start;
+mod status;

@@ -3,7 +3,7 @@
 use serde_json::json;
 use sqlx::Connection as _;
 
-use crate::stage::on_stage;
+use crate::stage::{Record, created, eventually, on_stage};
 
 #[test]
 fn pausing_and_resuming_twice_changes_nothing_more_and_tells_what_was_so() {
@@ -98,5 +98,26 @@ fn without_the_tables_or_the_database_it_says_which() {
         let told = String::from_utf8_lossy(&output.stderr).into_owned();
         assert_eq!(output.status.code(), Some(75), "{told}");
         assert!(told.contains("the database consumer@127.0.0.1:1/consumers"), "{told}");
+    });
+}
+
+#[test]
+fn a_paused_group_applies_nothing_and_goes_on_when_it_is_resumed() {
+    on_stage(1, async |stage| {
+        let consumer = stage.start("pharmacy").await;
+        stage.produce([Record::of(&created("a"))]).await;
+        eventually("all committed", async || (stage.committed().await == 1).then_some(())).await;
+        stage.operate("pharmacy", &["pause", "--reason", "a migration"]).await.well();
+        stage.produce([Record::of(&created("b"))]).await;
+        eventually("the consumer waits", async || {
+            let waiting = consumer.metric("consumer_waiting_partitions{cause=\"paused\"}").await;
+            (waiting > 0.9).then_some(())
+        })
+        .await;
+        assert_eq!(stage.number("SELECT count(*) FROM pharmacy_orders").await, 1);
+        assert_eq!(stage.committed().await, 1);
+        stage.operate("pharmacy", &["resume"]).await.well();
+        stage.until_number("SELECT count(*) FROM pharmacy_orders", 2).await;
+        eventually("all committed", async || (stage.committed().await == 2).then_some(())).await;
     });
 }

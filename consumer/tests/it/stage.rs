@@ -128,6 +128,16 @@ impl Stage {
         let options = AdminOptions::new().operation_timeout(Some(Duration::from_secs(30)));
         let results = self.admin().create_topics(&[new], &options).await.unwrap();
         results[0].as_ref().expect("Kafka must answer; run `cargo xtask test -- -p consumer`");
+        // A broker that is busy serves it a little later.
+        eventually(&format!("the topic {topic} is served"), async || {
+            let (config, topic) = (self.client(), topic.to_owned());
+            let ask = move || {
+                let consumer: BaseConsumer = config.create().unwrap();
+                consumer.fetch_watermarks(&topic, 0, PATIENCE).ok()
+            };
+            tokio::task::spawn_blocking(ask).await.unwrap()
+        })
+        .await;
     }
 
     /// The database's URL for a user and password (the superuser's without).
