@@ -302,7 +302,7 @@ pub(crate) const NO_BUILD: &str = "XTASK_NO_BUILD";
 pub(crate) const INSTANCES_MAX: u16 = 16;
 
 /// Services that `--scale` knows.
-pub(crate) const SERVICES: [&str; 7] = [
+pub(crate) const SERVICES: [&str; 8] = [
     "order-api",
     "cdc-relay",
     "consumers-relay",
