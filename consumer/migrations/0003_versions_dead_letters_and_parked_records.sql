@@ -10,7 +10,7 @@ CREATE TABLE aggregate_versions (
 ALTER TABLE pharmacy_orders DROP COLUMN details_version;
 ALTER TABLE fulfillment_orders DROP COLUMN details_version;
 
--- A row for each group. Each batch takes it FOR SHARE, so that whoever pauses a group also waits for its batches.
+-- Which groups are paused.
 CREATE TABLE consumer_groups (
     consumer_group text PRIMARY KEY,
     paused_at      timestamptz, -- NULL: it consumes
@@ -43,13 +43,12 @@ CREATE TABLE dead_letters (
 CREATE INDEX dead_letters_blocking ON dead_letters (consumer_group, key) WHERE blocks_key AND settled_at IS NULL;
 CREATE INDEX dead_letters_open ON dead_letters (consumer_group, dead_at) WHERE settled_at IS NULL;
 
--- Whole records that wait behind a dead letter of their key, in the order of `number`.
+-- Whole records that wait behind a dead letter of their key.
 CREATE TABLE parked_records (
     consumer_group text        NOT NULL,
     topic          text        NOT NULL,
     partition      integer     NOT NULL,
     record_offset  bigint      NOT NULL,
-    number         bigint      GENERATED ALWAYS AS IDENTITY,
     key            bytea       NOT NULL,
     value          bytea,
     header_names   text[],     -- NULL where one is not UTF-8
@@ -58,4 +57,4 @@ CREATE TABLE parked_records (
     parked_at      timestamptz NOT NULL DEFAULT now(),
     PRIMARY KEY (consumer_group, topic, partition, record_offset)
 );
-CREATE INDEX parked_records_key ON parked_records (consumer_group, key, number);
+CREATE INDEX parked_records_key ON parked_records (consumer_group, key, topic, partition, record_offset);

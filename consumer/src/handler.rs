@@ -4,7 +4,7 @@
 use axum::Router;
 use sqlx::{PgConnection, PgPool};
 
-use crate::{decide::Fault, record::Event};
+use crate::{decide::Fault, outbox::Row, record::Event};
 
 /// Applies events to its own tables. One method is required.
 pub trait Handler: Send + Sync + 'static {
@@ -38,6 +38,18 @@ pub trait Handler: Send + Sync + 'static {
         transaction: &mut PgConnection,
         events: &[&Self::Event],
     ) -> impl Future<Output = Result<(), Fault>> + Send;
+
+    /// What follows from events that are applied: published, in this order, if and only if the transaction commits. Once for
+    /// each event, also where a rebuild has applied it first; so nothing else a handler with a [`Self::PROJECTION`] does may
+    /// publish. What a rebuild
+    /// gives goes nowhere.
+    ///
+    /// # Errors
+    /// As those of [`Self::apply`].
+    fn follow_ups<'e>(&self, events: &[&'e Self::Event]) -> Result<Vec<Row<'e>>, Fault> {
+        let _ = events;
+        Ok(Vec::new())
+    }
 
     /// Told of events that this group has applied before (in an earlier transaction, or a moment ago in this one),
     /// never empty, within the caller's transaction and after `apply`.

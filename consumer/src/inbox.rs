@@ -28,3 +28,23 @@ pub(crate) async fn claim<E: Event>(
     .collect();
     Ok(events.iter().enumerate().filter(|(_, e)| fresh.remove(&e.id())).map(|(index, _)| index).collect())
 }
+
+/// Those of these events, which the group has applied, of which it has not published what follows; from now on it has.
+pub(crate) async fn take_due<'e, E: Event>(
+    transaction: &mut PgConnection,
+    group: &str,
+    events: &[&'e E],
+) -> sqlx::Result<Vec<&'e E>> {
+    let ids: Vec<Uuid> = events.iter().map(|event| event.id()).collect();
+    let mut due: HashSet<Uuid> = sqlx::query_scalar(
+        "UPDATE inbox SET follow_ups_due = false
+         WHERE consumer_group = $1 AND event_id = ANY ($2) AND follow_ups_due RETURNING event_id",
+    )
+    .bind(group)
+    .bind(ids)
+    .fetch_all(transaction)
+    .await?
+    .into_iter()
+    .collect();
+    Ok(events.iter().filter(|event| due.remove(&event.id())).copied().collect())
+}

@@ -7,7 +7,7 @@ use chrono::{DateTime, Utc};
 use service::{Failure, exit::Kind};
 use sqlx::{Connection as _, FromRow, PgConnection, Postgres, postgres::PgArguments, query::QueryAs};
 
-use crate::{config::Settings, database::Database, handler::Tables};
+use crate::{config::Settings, database::Database, gate, handler::Tables};
 
 /// Where a record was, and the name of its dead letter: `TOPIC/PARTITION/OFFSET`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, FromRow)]
@@ -228,7 +228,7 @@ impl Ledger {
             return Ok(Vec::new());
         }
         let sql = "SELECT topic, partition, record_offset, parked_at FROM parked_records
-                   WHERE consumer_group = $1 AND key = $2 ORDER BY number LIMIT $3";
+                   WHERE consumer_group = $1 AND key = $2 ORDER BY topic, partition, record_offset LIMIT $3";
         let query = sqlx::query_as(sql).bind(&self.group).bind(key).bind(limit);
         query.fetch_all(&mut self.connection).await.map_err(self.failed())
     }
@@ -319,9 +319,7 @@ async fn pause(
         .bind(patience.as_millis().to_string())
         .execute(&mut *transaction)
         .await?;
-    // Batches share the row, and whoever joins them does not queue behind us: where one always overlaps the next, we
-    // would wait for ever. For the table they do queue.
-    sqlx::query("LOCK TABLE consumer_groups IN EXCLUSIVE MODE").execute(&mut *transaction).await?;
+    gate::close(&mut transaction, group).await?;
     let sql = "SELECT paused_at, paused_for FROM consumer_groups WHERE consumer_group = $1 AND paused_at IS NOT NULL";
     let before = sqlx::query_as(sql).bind(group).fetch_optional(&mut *transaction).await?;
     sqlx::query(

@@ -17,6 +17,7 @@ mod delivery;
 mod dlq;
 mod event;
 mod fields;
+mod gate;
 mod group;
 mod guard;
 mod handler;

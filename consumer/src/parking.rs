@@ -4,14 +4,27 @@
 //! A key is blocked while it has an open dead letter that blocks it, or a parked record. It becomes blocked only by its
 //! own partition's worker or while it is blocked already; it is freed only under the key's lock. So whoever finds it
 //! free needs no lock, and whoever finds it blocked takes the lock and looks again.
+//!
+//! What comes by its topic waits behind whatever of its key failed, wherever that was. What is redriven or released waits
+//! only for what is before it in its own partition: of two partitions nobody can say which comes first, and each would wait
+//! for the other.
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, Datelike as _, Utc};
 use sqlx::{FromRow, PgConnection};
 
 use crate::{
     decide::Poison,
     delivery::{Delivery, Parked, Place},
 };
+
+/// Behind a longer key nothing is parked: an index of Postgres' takes no more than 2704 bytes.
+const KEY_BYTES_MAX: usize = 1024;
+
+/// When a record says that it was written, if Postgres can hold that.
+fn written_at(record: &Delivery<'_>) -> Option<DateTime<Utc>> {
+    let at = record.written_ms().and_then(DateTime::from_timestamp_millis)?;
+    (0..10_000).contains(&at.year()).then_some(at)
+}
 
 /// Where a record stands, if there is something to know about it.
 #[derive(Debug, Clone, Copy, FromRow)]
@@ -26,20 +39,19 @@ pub(crate) struct Standing {
     pub(crate) behind_parked: bool,
 }
 
-/// `$1` the group; arrays of keys, topics, partitions, offsets.
 const LETTERS_AHEAD: &str = "
     EXISTS (SELECT FROM dead_letters AS ahead
             WHERE ahead.consumer_group = $1 AND ahead.key = given.key AND ahead.blocks_key
               AND ahead.settled_at IS NULL
-              AND NOT (ahead.topic = given.topic AND ahead.partition = given.partition
-                       AND ahead.record_offset >= given.record_offset))";
+              AND CASE WHEN ahead.topic = given.topic AND ahead.partition = given.partition
+                       THEN ahead.record_offset < given.record_offset ELSE given.polled END)";
 const PARKED_AHEAD: &str = "
     EXISTS (SELECT FROM parked_records AS ahead
             WHERE ahead.consumer_group = $1 AND ahead.key = given.key
-              AND NOT (ahead.topic = given.topic AND ahead.partition = given.partition
-                       AND ahead.record_offset >= given.record_offset))";
+              AND CASE WHEN ahead.topic = given.topic AND ahead.partition = given.partition
+                       THEN ahead.record_offset < given.record_offset ELSE given.polled END)";
 
-/// Those of the records about which there is something to know. `parks`: the database holds parked records.
+/// Those of the records about which there is something to know, open dead letters among them. `parks`: the database holds parked records.
 pub(crate) async fn standing(
     transaction: &mut PgConnection,
     group: &str,
@@ -51,13 +63,14 @@ pub(crate) async fn standing(
     let sql = format!(
         "SELECT * FROM (
              SELECT given.number - 1 AS index, coalesce(own.outcome = 'discarded', false) AS discarded,
+                    own.topic IS NOT NULL AND own.settled_at IS NULL AS own_letter,
                     {LETTERS_AHEAD} AS behind_letter, {parked_ahead} AS behind_parked
-             FROM unnest($2::bytea[], $3::text[], $4::integer[], $5::bigint[])
-                  WITH ORDINALITY AS given (key, topic, partition, record_offset, number)
+             FROM unnest($2::bytea[], $3::text[], $4::integer[], $5::bigint[], $6::boolean[])
+                  WITH ORDINALITY AS given (key, topic, partition, record_offset, polled, number)
              LEFT JOIN dead_letters AS own
                  ON own.consumer_group = $1 AND own.topic = given.topic AND own.partition = given.partition
                 AND own.record_offset = given.record_offset
-         ) AS found WHERE discarded OR behind_letter OR behind_parked"
+         ) AS found WHERE discarded OR own_letter OR behind_letter OR behind_parked"
     );
     // Made of two constants.
     let rows: Vec<Standing> = sqlx::query_as(sqlx::AssertSqlSafe(sql))
@@ -66,6 +79,7 @@ pub(crate) async fn standing(
         .bind(places.topics)
         .bind(places.partitions)
         .bind(places.offsets)
+        .bind(records.iter().map(|r| r.is_from_its_topic()).collect::<Vec<_>>())
         .fetch_all(transaction)
         .await?;
     Ok(rows.into_iter().filter_map(|row| Some((usize::try_from(row.index).ok()?, row))).collect())
@@ -107,7 +121,7 @@ pub(crate) async fn park(
         .bind(record.value())
         .bind(headers.map(|all| all.iter().map(|(name, _)| *name).collect::<Vec<_>>()))
         .bind(headers.map(|all| all.iter().map(|(_, value)| *value).collect::<Vec<_>>()))
-        .bind(record.written_ms().and_then(DateTime::from_timestamp_millis))
+        .bind(written_at(record))
         .execute(&mut *transaction)
         .await?;
     }
@@ -123,7 +137,7 @@ pub(crate) async fn parked(
 ) -> sqlx::Result<Vec<Parked>> {
     let rows: Vec<Row> = sqlx::query_as(
         "SELECT topic, partition, record_offset, key, value, header_names, header_values, written_at
-         FROM parked_records WHERE consumer_group = $1 AND key = $2 ORDER BY number LIMIT $3",
+         FROM parked_records WHERE consumer_group = $1 AND key = $2 ORDER BY topic, partition, record_offset LIMIT $3",
     )
     .bind(group)
     .bind(key)
@@ -162,12 +176,18 @@ impl From<Row> for Parked {
     }
 }
 
-/// Keys that have parked records and nothing that blocks them: their release was cut short.
+/// Keys whose release was cut short: they have parked records and nothing that blocks them, or a parked record that failed
+/// and whose dead letter was not sent.
 pub(crate) async fn abandoned(connection: &mut PgConnection, group: &str) -> sqlx::Result<Vec<Vec<u8>>> {
     sqlx::query_scalar(
-        "SELECT DISTINCT key FROM parked_records AS mine WHERE consumer_group = $1 AND NOT EXISTS (
-             SELECT FROM dead_letters AS letter WHERE letter.consumer_group = $1 AND letter.key = mine.key
-                AND letter.blocks_key AND letter.settled_at IS NULL)",
+        "SELECT DISTINCT key FROM parked_records AS mine WHERE consumer_group = $1 AND (
+             NOT EXISTS (
+                 SELECT FROM dead_letters AS letter WHERE letter.consumer_group = $1 AND letter.key = mine.key
+                    AND letter.blocks_key AND letter.settled_at IS NULL)
+             OR EXISTS (
+                 SELECT FROM dead_letters AS own WHERE own.consumer_group = $1 AND own.topic = mine.topic
+                    AND own.partition = mine.partition AND own.record_offset = mine.record_offset
+                    AND own.settled_at IS NULL AND own.dlq_offset IS NULL))",
     )
     .bind(group)
     .fetch_all(connection)
@@ -232,12 +252,12 @@ pub(crate) async fn note(
         .bind(place.offset)
         .bind(record.key())
         .bind(event_type)
-        .bind(record.written_ms().and_then(DateTime::from_timestamp_millis))
+        .bind(written_at(record))
         .bind(failure.poison.reason.as_str())
         // Postgres cannot hold U+0000, and a record may.
         .bind(failure.poison.error.replace('\0', "\u{fffd}"))
         .bind(i32::try_from(failure.attempts).unwrap_or(i32::MAX))
-        .bind(park_key && record.key().is_some())
+        .bind(park_key && record.key().is_some_and(|key| key.len() <= KEY_BYTES_MAX))
         .bind(record.redrive())
         .fetch_optional(&mut *transaction)
         .await?;

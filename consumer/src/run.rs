@@ -7,7 +7,7 @@ use rdkafka::{Message, consumer::base_consumer::PartitionQueue, error::KafkaErro
 use service::shutdown::Shutdown;
 use tokio::{
     sync::Notify,
-    time::{Duration, sleep},
+    time::{Duration, Instant, sleep},
 };
 
 use crate::{
@@ -23,6 +23,9 @@ use crate::{
 
 /// A queue that wakes nobody is looked at this often all the same.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// How often it is looked whether a release was cut short.
+const KEEP_EVERY: Duration = Duration::from_secs(30);
 
 /// What all partitions share.
 pub(crate) struct Shared<H> {
@@ -60,10 +63,14 @@ struct Batch<'m> {
 impl<H: Handler> Worker<H> {
     /// Runs until told to stop; a batch under way is finished, one that waits for something is abandoned.
     pub(crate) async fn run(self) {
-        if self.is_for_redriven() && self.release_abandoned().await.is_err() {
-            return;
-        }
+        let mut looked: Option<Instant> = None;
         while !self.stop.is_requested() {
+            if self.is_keeper() && looked.is_none_or(|at| at.elapsed() >= KEEP_EVERY) {
+                if self.release_abandoned().await.is_err() {
+                    return;
+                }
+                looked = Some(Instant::now());
+            }
             let batch = self.poll();
             let Some(next) = batch.next else {
                 tokio::select! {
@@ -78,6 +85,11 @@ impl<H: Handler> Worker<H> {
             }
             self.partition.settled(next, batch.at_end);
         }
+    }
+
+    /// Whether this worker looks for what others have left parked without a reason: not all need to.
+    fn is_keeper(&self) -> bool {
+        self.is_for_redriven() || self.partition.id.1 == 0
     }
 
     /// Whether this partition holds redriven records.

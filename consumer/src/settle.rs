@@ -28,7 +28,8 @@ const PAUSED: Duration = Duration::from_millis(500);
 
 /// How the attempts to apply some events ended.
 enum Attempted {
-    Applied,
+    /// So many dead letters are settled by it.
+    Applied(u64),
     /// One of them is at fault: they are to be tried in smaller parts.
     Split,
     /// The one event is refused, after so many attempts.
@@ -36,11 +37,15 @@ enum Attempted {
 }
 
 impl<H: Handler> Worker<H> {
-    /// Settles records, in order; then lets go what was parked behind those that were redriven.
+    /// Settles records, in order; then lets go what was parked behind those that were redriven, and behind those that came
+    /// again and went well this time.
     pub(crate) async fn settle(&self, records: &[Delivery<'_>]) -> Result<(), Abandoned> {
-        self.settle_all(records).await?;
-        let redriven = records.iter().filter(|record| record.redrive() > 0);
-        let keys: BTreeSet<&[u8]> = redriven.filter_map(Delivery::key).collect();
+        let has_settled = self.settle_all(records).await?;
+        let keys: BTreeSet<&[u8]> = records
+            .iter()
+            .filter(|record| has_settled || record.redrive() > 0)
+            .filter_map(Delivery::key)
+            .collect();
         for key in keys {
             self.release(key).await?;
         }
@@ -55,23 +60,24 @@ impl<H: Handler> Worker<H> {
         Ok(())
     }
 
-    /// Settles what is parked under a key, up to the next that fails.
+    /// Settles what is parked under a key, as long as that changes anything.
     async fn release(&self, key: &[u8]) -> Result<(), Abandoned> {
         let at_once = self.shared.limits.batch_records_max;
-        let mut first: Option<(String, i32, i64)> = None;
+        let mut before: Vec<(String, i32, i64)> = Vec::new();
         loop {
             let parked = self.patiently(|| self.shared.store.parked(key, at_once)).await?;
-            let Some(next) = parked.first().map(Delivery::place) else { return Ok(()) };
-            let next = (next.topic.to_owned(), next.partition, next.offset);
-            if first.replace(next.clone()) == Some(next) {
-                // Something is ahead of it.
+            let places = parked.iter().map(Delivery::place);
+            let places: Vec<_> = places.map(|p| (p.topic.to_owned(), p.partition, p.offset)).collect();
+            if places.is_empty() || places == before {
                 return Ok(());
             }
+            before = places;
             self.settle_all(&parked).await?;
         }
     }
 
-    async fn settle_all(&self, records: &[Delivery<'_>]) -> Result<(), Abandoned> {
+    /// Whether a dead letter was settled by it.
+    async fn settle_all(&self, records: &[Delivery<'_>]) -> Result<bool, Abandoned> {
         let (mut entries, mut failures, mut discarded) = (Vec::new(), Vec::new(), Vec::new());
         for record in records {
             if record.is_discarded() {
@@ -79,7 +85,7 @@ impl<H: Handler> Worker<H> {
                 continue;
             }
             match catch_unwind(AssertUnwindSafe(|| H::Event::parse(&record.record()))) {
-                Ok(Ok(event)) => entries.push(Entry { event, record }),
+                Ok(Ok(event)) => entries.push(Entry { event, record, settles: true }),
                 Ok(Err(poison)) => failures.push(Failure { record, poison, attempts: 1 }),
                 Err(panic) => {
                     failures.push(Failure { record, poison: panicked(&*panic), attempts: 1 });
@@ -88,14 +94,14 @@ impl<H: Handler> Worker<H> {
         }
         // First, so that what comes behind them is parked and not applied.
         let mut letters = self.note(failures).await?;
-        self.apply(&entries, &mut letters).await?;
+        let settled = self.apply(&entries, &mut letters).await?;
         if !discarded.is_empty() {
             let settled = self.patiently(|| self.shared.store.discard(&discarded)).await?;
             self.shared.metrics.discarded(settled);
         }
         self.send(letters).await?;
         self.partition.wait_for(None);
-        Ok(())
+        Ok(settled > 0)
     }
 
     /// Takes note of dead letters; gives back those to be sent.
@@ -115,20 +121,21 @@ impl<H: Handler> Worker<H> {
     }
 
     /// Applies events in order. A dead letter is a verdict on one event, so a batch that fails because of one is halved
-    /// until that is found; the others are applied.
+    /// until that is found; the others are applied. Gives back how many dead letters are settled by it.
     async fn apply<'d, 'm>(
         &self,
         entries: &[Entry<'d, 'm, H::Event>],
         letters: &mut Vec<Letter<'d, 'm>>,
-    ) -> Result<(), Abandoned> {
+    ) -> Result<u64, Abandoned> {
         // Parts still to do; the next one is the last.
         const { assert!(H::BATCH_MAX > 0) };
         let starts = (0..entries.len()).step_by(H::BATCH_MAX).rev();
         let part = |start: usize| start..start.saturating_add(H::BATCH_MAX).min(entries.len());
         let mut parts: Vec<Range<usize>> = starts.map(part).collect();
+        let mut settled = 0;
         while let Some(part) = parts.pop() {
             match self.attempt(&entries[part.clone()]).await? {
-                Attempted::Applied => {}
+                Attempted::Applied(letters) => settled += letters,
                 Attempted::Split => {
                     let middle = part.start + part.len() / 2;
                     parts.push(middle..part.end);
@@ -140,7 +147,7 @@ impl<H: Handler> Worker<H> {
                 }
             }
         }
-        Ok(())
+        Ok(settled)
     }
 
     /// Tries to apply events in one transaction, as often as it takes, until it is done or they are refused.
@@ -148,22 +155,25 @@ impl<H: Handler> Worker<H> {
         let limits = &self.shared.limits;
         let (mut attempt, since) = (1, Instant::now());
         loop {
+            let mut settled = 0;
             let outcome = match self.shared.store.apply(entries).await {
                 Ok(done) => {
+                    settled = done.settled;
                     self.count(entries, &done);
                     Ok(())
                 }
                 Err(fault) if entries.len() > 1 && fault.is_of_an_event() => return Ok(Attempted::Split),
-                Err(Fault::Gap { aggregate, after, version }) => {
-                    self.close_gap(&entries[0], aggregate, after, version, since).await
-                }
+                Err(Fault::Gap { aggregate, after, version }) => self
+                    .close_gap(&entries[0], aggregate, after, version, since)
+                    .await
+                    .map(|letters| settled = letters),
                 Err(fault) => Err(fault),
             };
             let jitter = fastrand::f64();
             match decide(outcome, attempt, limits.retries_max, limits.backoff, jitter) {
                 Decision::Apply => {
                     self.partition.wait_for(None);
-                    return Ok(Attempted::Applied);
+                    return Ok(Attempted::Applied(settled));
                 }
                 Decision::DeadLetter(poison) => {
                     self.partition.wait_for(None);
@@ -183,7 +193,7 @@ impl<H: Handler> Worker<H> {
         after: i64,
         version: i64,
         since: Instant,
-    ) -> Result<(), Fault> {
+    ) -> Result<u64, Fault> {
         let gap = Fault::Gap { aggregate, after, version };
         let Fault::Gap { aggregate, .. } = &gap else { return Err(gap) };
         let waiting = |error: String| Fault::Around { cause: Cause::Gap, error };
@@ -199,12 +209,15 @@ impl<H: Handler> Worker<H> {
             return Err(gap);
         }
         let record = entry.record;
-        let missing: Vec<_> = missing.into_iter().map(|event| Entry { event, record }).collect();
+        let missing: Vec<_> =
+            missing.into_iter().map(|event| Entry { event, record, settles: false }).collect();
+        let mut settled = 0;
         for entries in [missing.as_slice(), slice::from_ref(entry)] {
             let done = self.shared.store.apply(entries).await?;
             self.count(entries, &done);
+            settled += done.settled;
         }
-        Ok(())
+        Ok(settled)
     }
 
     fn count(&self, entries: &[Entry<'_, '_, H::Event>], done: &Done) {
@@ -212,7 +225,7 @@ impl<H: Handler> Worker<H> {
         metrics.done(done);
         let now_ms = chrono::Utc::now().timestamp_millis();
         for index in &done.applied {
-            let Entry { event, record } = &entries[*index];
+            let Entry { event, record, .. } = &entries[*index];
             let latency_ms = record.written_ms().map(|ms| now_ms.saturating_sub(ms));
             metrics.applied(event.type_name(), latency_ms);
         }
@@ -226,14 +239,17 @@ impl<H: Handler> Worker<H> {
             for letter in letters.iter().filter(|letter| !letter.is_repeated()) {
                 self.dead_lettered(&letter.poison, letter.record.place());
             }
-            let Some(dead_letters) = &shared.dead_letters else { return Ok(()) };
+            let Some(dead_letters) = &shared.dead_letters else {
+                let places: Vec<_> = letters.iter().map(|letter| (letter.record, None)).collect();
+                return self.patiently(|| shared.store.sent(&places)).await;
+            };
             let (sent, unsent, fault) = tokio::select! {
                 outcome = dead_letters.send(letters) => outcome,
                 () = self.stop.requested() => return Err(Abandoned),
             };
             letters = unsent;
             if !sent.is_empty() {
-                let places: Vec<_> = sent.iter().map(|(letter, at)| (letter.record.place(), *at)).collect();
+                let places: Vec<_> = sent.iter().map(|(letter, at)| (letter.record, Some(*at))).collect();
                 self.patiently(|| shared.store.sent(&places)).await?;
             }
             if let Some(Fault::Around { cause, error }) = fault {

@@ -16,10 +16,11 @@ use tokio::time::timeout;
 use crate::{
     config::Policy,
     decide::{Cause, Fault, Poison, Reason},
-    delivery::{Delivery, Place},
+    delivery::Delivery,
+    gate,
     guard::{Guard, Verdict},
     handler::{Handler, Tables},
-    inbox,
+    inbox, outbox,
     parking::{self, Failure, Outcome, Places},
     record::Event,
 };
@@ -41,6 +42,8 @@ pub(crate) struct Store<H> {
 pub(crate) struct Entry<'d, 'm, E> {
     pub(crate) event: E,
     pub(crate) record: &'d Delivery<'m>,
+    /// The record is settled with it: not so an event that was fetched because of the record.
+    pub(crate) settles: bool,
 }
 
 /// What became of a batch.
@@ -62,7 +65,7 @@ pub(crate) struct Done {
     pub(crate) settled: u64,
 }
 
-/// A group's row, and whether there is anything to know about its records.
+/// Whether a group is paused, and whether there is anything to know about its records.
 #[derive(FromRow)]
 struct Group {
     paused: bool,
@@ -96,8 +99,10 @@ impl<H: Handler> Store<H> {
         let mut transaction = connection.begin().await?;
         self.enter(&mut transaction).await?;
         let wanted = parking::note(&mut transaction, &self.group, failures, self.policy.park_key).await?;
-        let parked: Vec<_> = failures.iter().map(|f| f.record).filter(|r| r.is_parked()).collect();
-        self.unpark(&mut transaction, &parked).await?;
+        // Those that are to be sent stay parked until they are.
+        let done = (0..failures.len()).filter(|index| !wanted.iter().any(|(wanted, _)| wanted == index));
+        let done: Vec<_> = done.map(|index| failures[index].record).filter(|r| r.is_parked()).collect();
+        self.unpark(&mut transaction, &done).await?;
         transaction.commit().await?;
         Ok(wanted)
     }
@@ -124,8 +129,8 @@ impl<H: Handler> Store<H> {
         Ok(settled)
     }
 
-    /// Kafka has acknowledged dead letters: where each is now.
-    pub(crate) async fn sent(&self, letters: &[(Place<'_>, (i32, i64))]) -> Result<(), Fault> {
+    /// Kafka has acknowledged dead letters: where each is now; nothing for those that are not sent at all.
+    pub(crate) async fn sent(&self, letters: &[(&Delivery<'_>, Option<(i32, i64)>)]) -> Result<(), Fault> {
         let mut connection = self.pool.acquire().await?;
         let ended = self.bounded(self.sent_on(&mut connection, letters)).await;
         ended.on(&mut connection)
@@ -134,12 +139,17 @@ impl<H: Handler> Store<H> {
     async fn sent_on(
         &self,
         connection: &mut PgConnection,
-        letters: &[(Place<'_>, (i32, i64))],
+        letters: &[(&Delivery<'_>, Option<(i32, i64)>)],
     ) -> Result<(), Fault> {
-        for (place, at) in letters {
-            parking::sent(connection, &self.group, *place, *at).await?;
+        let mut transaction = connection.begin().await?;
+        for (record, at) in letters {
+            if let Some(at) = at {
+                parking::sent(&mut transaction, &self.group, record.place(), *at).await?;
+            }
         }
-        Ok(())
+        let parked: Vec<_> = letters.iter().map(|(record, _)| *record).filter(|r| r.is_parked()).collect();
+        self.unpark(&mut transaction, &parked).await?;
+        Ok(transaction.commit().await?)
     }
 
     /// The first records that are parked under a key.
@@ -178,34 +188,20 @@ impl<H: Handler> Store<H> {
         }
     }
 
-    /// Looks at the group's row and holds it, so that whoever pauses the group waits for this transaction.
+    /// Goes through the group's gate, and looks whether there is anything to know. Two statements, because the second one
+    /// must see what was done while the first one waited.
     async fn enter(&self, transaction: &mut PgConnection) -> Result<Group, Fault> {
         const OURS: &str = "
-            SELECT paused_at IS NOT NULL AS paused,
+            SELECT EXISTS (SELECT FROM consumer_groups WHERE consumer_group = $1 AND paused_at IS NOT NULL) AS paused,
                    EXISTS (SELECT FROM dead_letters WHERE consumer_group = $1) AS letters,
-                   EXISTS (SELECT FROM parked_records WHERE consumer_group = $1) AS parked
-            FROM consumer_groups WHERE consumer_group = $1 FOR SHARE";
+                   EXISTS (SELECT FROM parked_records WHERE consumer_group = $1) AS parked";
         const THEIRS: &str = "
-            SELECT paused_at IS NOT NULL AS paused,
-                   EXISTS (SELECT FROM dead_letters WHERE consumer_group = $1) AS letters, false AS parked
-            FROM consumer_groups WHERE consumer_group = $1 FOR SHARE";
+            SELECT EXISTS (SELECT FROM consumer_groups WHERE consumer_group = $1 AND paused_at IS NOT NULL) AS paused,
+                   EXISTS (SELECT FROM dead_letters WHERE consumer_group = $1) AS letters, false AS parked";
+        gate::pass(transaction, &self.group).await?;
         let look = if Self::PARKS { OURS } else { THEIRS };
-        loop {
-            let found: Option<Group> =
-                sqlx::query_as(look).bind(&self.group).fetch_optional(&mut *transaction).await?;
-            match found {
-                Some(group) if group.paused => return Err(Fault::paused()),
-                Some(group) => return Ok(group),
-                None => {
-                    sqlx::query(
-                        "INSERT INTO consumer_groups (consumer_group) VALUES ($1) ON CONFLICT DO NOTHING",
-                    )
-                    .bind(&self.group)
-                    .execute(&mut *transaction)
-                    .await?;
-                }
-            }
-        }
+        let group: Group = sqlx::query_as(look).bind(&self.group).fetch_one(transaction).await?;
+        if group.paused { Err(Fault::paused()) } else { Ok(group) }
     }
 
     async fn apply_on(
@@ -226,18 +222,23 @@ impl<H: Handler> Store<H> {
         let fresh = inbox::claim(&mut transaction, &self.group, &events).await?;
         done.duplicates = events.len() - fresh.len();
         let current = self.guard(&mut transaction, entries, &todo, &fresh, &mut done).await?;
-        if !current.is_empty() {
-            let events: Vec<&H::Event> = current.iter().map(|at| events[*at]).collect();
-            self.handler.apply(&mut transaction, &events).await?;
+        let mut following: Vec<&H::Event> = current.iter().map(|at| events[*at]).collect();
+        if !following.is_empty() {
+            self.handler.apply(&mut transaction, &following).await?;
         }
         if done.duplicates > 0 {
             let fresh: HashSet<usize> = fresh.iter().copied().collect();
             let repeated = events.iter().enumerate().filter(|(at, _)| !fresh.contains(at));
             let repeated: Vec<&H::Event> = repeated.map(|(_, event)| *event).collect();
             self.handler.repeated(&mut transaction, &repeated).await?;
+            if Self::PARKS {
+                following.extend(inbox::take_due(&mut transaction, &self.group, &repeated).await?);
+            }
         }
+        outbox::publish(&mut transaction, &self.handler.follow_ups(&following)?).await?;
         if known && !todo.is_empty() {
-            let records: Vec<_> = todo.iter().map(|index| entries[*index].record).collect();
+            let settling = todo.iter().map(|index| &entries[*index]).filter(|entry| entry.settles);
+            let records: Vec<_> = settling.map(|entry| entry.record).collect();
             let places = Places::of(records.iter().map(|record| record.place()));
             done.settled = parking::settle(&mut transaction, &self.group, places, Outcome::Applied).await?;
             let parked: Vec<_> = records.into_iter().filter(|record| record.is_parked()).collect();
@@ -317,7 +318,7 @@ impl<H: Handler> Store<H> {
         let mut guard = Guard::new(stored);
         let mut current = Vec::with_capacity(fresh.len());
         for at in fresh {
-            let Entry { event, record } = entry(*at);
+            let Entry { event, record, .. } = entry(*at);
             let Some((aggregate, version)) = event.version() else {
                 current.push(*at);
                 continue;
@@ -337,17 +338,22 @@ impl<H: Handler> Store<H> {
             }
         }
         let (ids, versions) = guard.moved();
-        sqlx::query(
+        let count = ids.len() as u64;
+        let stored = sqlx::query(
             "INSERT INTO aggregate_versions AS mine (consumer_group, aggregate_id, version)
              SELECT $1, id, version FROM unnest($2::text[], $3::bigint[]) AS given (id, version)
              ON CONFLICT (consumer_group, aggregate_id)
-             DO UPDATE SET version = greatest(mine.version, excluded.version)",
+             DO UPDATE SET version = excluded.version WHERE mine.version < excluded.version",
         )
         .bind(&self.group)
         .bind(ids)
         .bind(versions)
         .execute(transaction)
         .await?;
+        if stored.rows_affected() < count {
+            // Of an aggregate that was new there was no row to lock.
+            return Err(Fault::database("another batch has applied events of the same aggregate meanwhile"));
+        }
         Ok(current)
     }
 

@@ -75,6 +75,9 @@ enum Command {
         /// Swap although records fail that had not failed before; they become dead letters
         #[arg(long)]
         accept_failures: bool,
+        /// Rebuild although the first records of the topics are gone (by retention)
+        #[arg(long)]
+        accept_missing: bool,
     },
     #[command(flatten)]
     Operate(operate::Command),
@@ -117,9 +120,9 @@ impl Args {
         let settings = Box::new(config.check(&offer)?);
         group::check(&settings.kafka)?;
         Ok(match self.command {
-            Some(Command::Rebuild { keep_old, accept_failures }) => {
+            Some(Command::Rebuild { keep_old, accept_failures, accept_missing }) => {
                 rebuild::check(offer.name(), &offer.traits())?;
-                Work::Rebuild(settings, offer, Choice { keep_old, accept_failures })
+                Work::Rebuild(settings, offer, Choice { keep_old, accept_failures, accept_missing })
             }
             Some(Command::Operate(command)) => Work::Operate(settings, offer.traits().tables, command),
             _ => Work::Consume(settings, offer),

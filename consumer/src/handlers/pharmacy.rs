@@ -11,7 +11,7 @@ use crate::{
     decide::Fault,
     event::{Change, OrderEvent},
     handler::Handler,
-    outbox::{self, Row},
+    outbox::Row,
 };
 
 /// Writes `pharmacy_orders` and `pharmacy_tasks`, and publishes the tasks.
@@ -63,9 +63,11 @@ impl Handler for Pharmacy {
 
     async fn apply(&self, transaction: &mut PgConnection, events: &[&OrderEvent]) -> Result<(), Fault> {
         write_orders(transaction, events).await?;
-        open_tasks(transaction, INSERT_TASKS, events, task).await?;
-        let rows: Vec<Row<'_>> = events.iter().map(|event| follow_up(event)).collect::<Result<_, _>>()?;
-        Ok(outbox::publish(transaction, &rows).await?)
+        Ok(open_tasks(transaction, INSERT_TASKS, events, task).await?)
+    }
+
+    fn follow_ups<'e>(&self, events: &[&'e OrderEvent]) -> Result<Vec<Row<'e>>, Fault> {
+        Ok(events.iter().map(|event| follow_up(event)).collect::<Result<_, _>>()?)
     }
 }
 

@@ -3,10 +3,10 @@
 //!
 //! The live consumers go on all the time. The rebuild is a group of its own that writes to tables of the same names in a
 //! schema of its own, its inbox, versions and outbox among them, so that it neither disturbs anybody nor publishes
-//! anything again. To swap, one transaction holds the group's row, which each batch of the live consumers takes first:
-//! they wait where they are. What they had read by then is read by the rebuild too; then its tables and its inbox take
-//! the place of theirs, and they go on: what they have applied since is in the inbox, what they have not comes to them.
-//! If the rebuild ends before its transaction does, whatever the reason, nothing has changed.
+//! anything again. To swap, one transaction closes the group's gate: the live consumers wait where they are. What they had
+//! read by then is read by the rebuild too; then its gate is closed as well, its tables and its inbox take the place of
+//! theirs, and they go on. What the rebuild was ahead of them comes to them as known already, and what follows from it is
+//! published then. If the rebuild ends before its transaction does, whatever the reason, nothing has changed.
 
 mod tables;
 mod topics;
@@ -48,6 +48,8 @@ pub(crate) struct Choice {
     pub(crate) keep_old: bool,
     /// Swap although records fail in the rebuild that had not failed before.
     pub(crate) accept_failures: bool,
+    /// Rebuild although the topics do not begin with their first records any more.
+    pub(crate) accept_missing: bool,
 }
 
 /// Whether a handler can be rebuilt.
@@ -106,6 +108,14 @@ impl Rebuilding {
         connection: &mut PgConnection,
         shutdown: Shutdown,
     ) -> Result<(), Failure> {
+        let missing = self.topics.ends().await?.missing();
+        if missing > 0 && !self.choice.accept_missing {
+            let why = format!(
+                "the first {missing} records of the topics are gone: a rebuild would lack what they tell"
+            );
+            return Err(Failure::new(Kind::Halted, why)
+                .hint("add --accept-missing if the projection does not need them; it is as it was"));
+        }
         tell(&format!("rebuilding {} in the schema {}", self.beside.live, self.beside.schema));
         let (trigger, stopped) = Shutdown::manual();
         let app = App::beside(self.settings(settings), offer.traits(), Health::default());
@@ -138,6 +148,7 @@ impl Rebuilding {
         } else {
             self.beside.drop_old(connection).await?;
         }
+        self.beside.clear(connection).await?;
         tell(&format!("{} has its new projection", self.beside.live));
         Ok(())
     }
@@ -187,7 +198,7 @@ impl Rebuilding {
     /// Holds the live consumers, catches up with them and swaps; false if that took too long.
     async fn swap(&self, connection: &mut PgConnection) -> Result<bool, Failure> {
         let mut transaction = connection.begin().await.map_err(tables::failed)?;
-        self.beside.hold(&mut transaction).await?;
+        self.beside.hold_live(&mut transaction).await?;
         let since = Instant::now();
         // They have read nothing beyond this.
         let ends = self.topics().ends().await?;
@@ -196,6 +207,13 @@ impl Rebuilding {
                 return Ok(false);
             }
             sleep(Duration::from_millis(20)).await;
+        }
+        self.beside.hold_rebuild(&mut transaction).await?;
+        self.beside.refuse_what_hangs_on_them(&mut transaction).await?;
+        if self.beside.discarded_since(&mut transaction).await? > 0 {
+            let why = "a dead letter was discarded while the rebuild worked, which has applied it";
+            return Err(Failure::new(Kind::Halted, why)
+                .hint("start the rebuild again; the live projection is as it was"));
         }
         let failing = self.beside.failing(&mut transaction).await?;
         if !failing.is_empty() && !self.choice.accept_failures {

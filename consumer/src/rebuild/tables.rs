@@ -6,6 +6,8 @@ use service::{Failure, exit::Kind};
 use sqlx::{AssertSqlSafe, Connection, PgConnection, PgTransaction, error::DatabaseError};
 use tokio::time::{Instant, sleep};
 
+use crate::gate;
+
 /// The consumer's own tables that a rebuild has beside its projection.
 const OWN: [&str; 6] =
     ["inbox", "aggregate_versions", "consumer_groups", "dead_letters", "parked_records", "outbox"];
@@ -61,7 +63,7 @@ impl Beside {
             Self { live: live.to_owned(), group: group.to_owned(), schema, home: quoted(&home), tables };
         beside.refuse_what_hangs_on_them(connection).await?;
         beside.clear(connection).await?;
-        execute(connection, &format!("DROP SCHEMA IF EXISTS {} CASCADE", beside.old())).await?;
+        beside.refuse_old(connection).await?;
         execute(connection, &format!("CREATE SCHEMA {}", beside.schema)).await?;
         for table in OWN.iter().chain(tables) {
             let (new, old) = (beside.made(table), beside.live_table(table));
@@ -70,6 +72,22 @@ impl Beside {
         // What somebody has discarded stays discarded.
         beside.copy_discarded(connection).await?;
         Ok(beside)
+    }
+
+    /// Tables that were kept on purpose are not ours to drop.
+    async fn refuse_old(&self, connection: &mut PgConnection) -> Result<(), Failure> {
+        let is_there: bool = sqlx::query_scalar("SELECT to_regnamespace($1) IS NOT NULL")
+            .bind(self.old())
+            .fetch_one(connection)
+            .await
+            .map_err(failed)?;
+        if !is_there {
+            return Ok(());
+        }
+        let why =
+            format!("the tables that an earlier rebuild replaced are still in the schema {}", self.old());
+        Err(Failure::new(Kind::Refused, why)
+            .hint(format!("keep what you need of them, then: DROP SCHEMA {} CASCADE", self.old())))
     }
 
     async fn copy_discarded(&self, connection: &mut PgConnection) -> Result<(), Failure> {
@@ -86,11 +104,17 @@ impl Beside {
     }
 
     /// Views, foreign keys and the like belong to a table and not to its name.
-    async fn refuse_what_hangs_on_them(&self, connection: &mut PgConnection) -> Result<(), Failure> {
+    pub(super) async fn refuse_what_hangs_on_them(
+        &self,
+        connection: &mut PgConnection,
+    ) -> Result<(), Failure> {
         let names: Vec<String> = self.tables.iter().map(|table| self.live_table(table)).collect();
         let found: Vec<String> = sqlx::query_scalar(
             "WITH mine AS (SELECT name::regclass::oid AS oid FROM unnest($1::text[]) AS name)
-             SELECT 'the foreign key ' || conname FROM pg_constraint
+             SELECT 'the sequence ' || objid::regclass FROM pg_depend JOIN pg_class ON pg_class.oid = objid
+             WHERE classid = 'pg_class'::regclass AND refobjid IN (SELECT oid FROM mine) AND deptype = 'a'
+               AND relkind = 'S'
+             UNION SELECT 'the foreign key ' || conname FROM pg_constraint
              WHERE contype = 'f' AND (conrelid IN (SELECT oid FROM mine) OR confrelid IN (SELECT oid FROM mine))
              UNION SELECT 'the trigger ' || tgname FROM pg_trigger
              WHERE NOT tgisinternal AND tgrelid IN (SELECT oid FROM mine)
@@ -114,16 +138,27 @@ impl Beside {
     }
 
     /// Makes the live consumers wait, until the transaction ends.
-    pub(super) async fn hold(&self, transaction: &mut PgTransaction<'_>) -> Result<(), Failure> {
-        let groups = self.live_table("consumer_groups");
-        for sql in [
-            format!("INSERT INTO {groups} (consumer_group) VALUES ($1) ON CONFLICT DO NOTHING"),
-            format!("SELECT FROM {groups} WHERE consumer_group = $1 FOR UPDATE"),
-        ] {
-            let done = sqlx::query(AssertSqlSafe(sql)).bind(&self.live).execute(&mut **transaction).await;
-            done.map_err(failed)?;
-        }
-        Ok(())
+    pub(super) async fn hold_live(&self, transaction: &mut PgTransaction<'_>) -> Result<(), Failure> {
+        gate::close(transaction, &self.live).await.map_err(failed)
+    }
+
+    /// Makes the rebuild's own consumers wait: what they have written does not change any more.
+    pub(super) async fn hold_rebuild(&self, transaction: &mut PgTransaction<'_>) -> Result<(), Failure> {
+        gate::close(transaction, &self.group).await.map_err(failed)
+    }
+
+    /// How many dead letters somebody has discarded since the rebuild began, which it knows nothing of.
+    pub(super) async fn discarded_since(&self, transaction: &mut PgTransaction<'_>) -> Result<i64, Failure> {
+        let sql = format!(
+            "SELECT count(*) FROM {} AS live WHERE consumer_group = $1 AND outcome = 'discarded' AND NOT EXISTS (
+                 SELECT FROM {} AS new WHERE new.consumer_group = $2 AND new.topic = live.topic
+                    AND new.partition = live.partition AND new.record_offset = live.record_offset
+                    AND new.outcome = 'discarded')",
+            self.live_table("dead_letters"),
+            self.made("dead_letters")
+        );
+        let found = sqlx::query_scalar(AssertSqlSafe(sql)).bind(&self.live).bind(&self.group);
+        found.fetch_one(&mut **transaction).await.map_err(failed)
     }
 
     /// Records that fail in the rebuild and did not before.
@@ -164,46 +199,58 @@ impl Beside {
         Ok(())
     }
 
-    /// Statements that put what the rebuild's group (`$2`) knows in the place of what the live one (`$1`) does. Open dead
-    /// letters keep their row, which says where they are; those that did not fail this time are settled.
+    /// Statements that make what the live group (`$1`) knows what the rebuild's (`$2`) does. What follows from an event that
+    /// only the rebuild has applied is due. The live group's dead letters and parked records stay as they are, also where
+    /// the rebuild could apply them: when they are redriven they are found to be applied, and what follows from them is
+    /// published.
     fn knowledge(&self) -> Vec<String> {
-        let of = |table: &str, columns: &str, order: &str| {
-            let (new, live) = (self.made(table), self.live_table(table));
-            // Each statement has both parameters, because each is given both.
-            [
-                format!("DELETE FROM {live} WHERE consumer_group = $1 AND $2::text IS NOT NULL"),
-                format!(
-                    "INSERT INTO {live} (consumer_group, {columns}) SELECT $1, {columns} FROM {new}
-                     WHERE consumer_group = $2 {order}"
-                ),
-            ]
-        };
-        let (new, live) = (self.made("dead_letters"), self.live_table("dead_letters"));
-        let same = "theirs.topic = mine.topic AND theirs.partition = mine.partition
-                    AND theirs.record_offset = mine.record_offset";
+        let (new, live) = (|table: &str| self.made(table), |table: &str| self.live_table(table));
         let letter = "topic, partition, record_offset, key, event_type, written_at, reason, error, attempts, blocks_key,
                       dead_at";
-        let mut all = Vec::new();
-        all.extend(of("inbox", "event_id, applied_at", ""));
-        all.extend(of("aggregate_versions", "aggregate_id, version", ""));
-        all.extend(of(
-            "parked_records",
-            "topic, partition, record_offset, key, value, header_names, header_values, written_at, parked_at",
-            "ORDER BY number",
-        ));
-        all.push(format!(
-            "UPDATE {live} AS mine SET settled_at = clock_timestamp(), outcome = 'applied'
-             WHERE consumer_group = $1 AND settled_at IS NULL AND NOT EXISTS (
-                 SELECT FROM {new} AS theirs
-                 WHERE theirs.consumer_group = $2 AND theirs.settled_at IS NULL AND {same})"
-        ));
-        all.push(format!(
-            "INSERT INTO {live} (consumer_group, {letter}) SELECT $1, {letter} FROM {new} AS theirs
-             WHERE consumer_group = $2 AND settled_at IS NULL
-             ON CONFLICT (consumer_group, topic, partition, record_offset) DO UPDATE SET
-                 settled_at = NULL, outcome = NULL"
-        ));
-        all
+        let parked =
+            "topic, partition, record_offset, key, value, header_names, header_values, written_at, parked_at";
+        vec![
+            format!(
+                "DELETE FROM {live} AS live WHERE consumer_group = $1 AND NOT EXISTS (
+                     SELECT FROM {new} AS new WHERE new.consumer_group = $2 AND new.event_id = live.event_id)",
+                live = live("inbox"),
+                new = new("inbox")
+            ),
+            format!(
+                "INSERT INTO {} (consumer_group, event_id, applied_at, follow_ups_due)
+                 SELECT $1, event_id, applied_at, true FROM {} WHERE consumer_group = $2 ON CONFLICT DO NOTHING",
+                live("inbox"),
+                new("inbox")
+            ),
+            format!(
+                "DELETE FROM {live} AS live WHERE consumer_group = $1 AND NOT EXISTS (
+                     SELECT FROM {new} AS new WHERE new.consumer_group = $2 AND new.aggregate_id = live.aggregate_id)",
+                live = live("aggregate_versions"),
+                new = new("aggregate_versions")
+            ),
+            format!(
+                "INSERT INTO {} AS live (consumer_group, aggregate_id, version)
+                 SELECT $1, aggregate_id, version FROM {} WHERE consumer_group = $2
+                 ON CONFLICT (consumer_group, aggregate_id) DO UPDATE SET version = excluded.version
+                 WHERE live.version <> excluded.version",
+                live("aggregate_versions"),
+                new("aggregate_versions")
+            ),
+            format!(
+                "INSERT INTO {} AS live (consumer_group, {letter})
+                 SELECT $1, {letter} FROM {} WHERE consumer_group = $2 AND settled_at IS NULL
+                 ON CONFLICT (consumer_group, topic, partition, record_offset)
+                 DO UPDATE SET settled_at = NULL, outcome = NULL WHERE live.settled_at IS NOT NULL",
+                live("dead_letters"),
+                new("dead_letters")
+            ),
+            format!(
+                "INSERT INTO {} (consumer_group, {parked}) SELECT $1, {parked} FROM {} WHERE consumer_group = $2
+                 ON CONFLICT DO NOTHING",
+                live("parked_records"),
+                new("parked_records")
+            ),
+        ]
     }
 
     /// Locks the live projection against everybody, without ever being the reason why a reader is given up.
@@ -271,10 +318,18 @@ impl Beside {
         execute(connection, &format!("DROP SCHEMA IF EXISTS {} CASCADE", self.schema)).await
     }
 
-    /// Drops what is left of the rebuild, and the tables that were replaced.
+    /// Drops the tables that were replaced, and with them nothing else.
     pub(super) async fn drop_old(&self, connection: &mut PgConnection) -> Result<(), Failure> {
-        self.clear(connection).await?;
-        execute(connection, &format!("DROP SCHEMA IF EXISTS {} CASCADE", self.old())).await
+        let mut sql: Vec<String> =
+            self.tables.iter().map(|table| format!("DROP TABLE {}.{}", self.old(), quoted(table))).collect();
+        sql.push(format!("DROP SCHEMA {}", self.old()));
+        for sql in sql {
+            execute(connection, &sql).await.map_err(|failure| {
+                let why = format!("swapped, but what was replaced is still there: {}", failure.message);
+                Failure::new(failure.kind, why).hint(format!("drop the schema {} by hand", self.old()))
+            })?;
+        }
+        Ok(())
     }
 
     /// Where the tables go that are replaced.

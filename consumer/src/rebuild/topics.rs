@@ -22,8 +22,8 @@ use crate::{
 
 /// How long deleting a group may take.
 const TIMEOUT: Duration = Duration::from_secs(10);
-/// So near the end it is looked whether anything is left but the markers of transactions.
-const NEAR_RECORDS: i64 = 100;
+/// So near the end it is looked whether anything is left but aborted records and the markers of transactions.
+const NEAR_RECORDS: i64 = 5000;
 
 /// Asks Kafka about the topics and the rebuild's group.
 pub(super) struct Topics {
@@ -39,6 +39,11 @@ impl Ends {
     /// How many records there are.
     pub(super) fn records(&self) -> i64 {
         self.0.values().map(|(low, high)| high - low).sum()
+    }
+
+    /// How many there were before the first that is there.
+    pub(super) fn missing(&self) -> i64 {
+        self.0.values().map(|(low, _)| low).sum()
     }
 }
 

@@ -20,6 +20,7 @@ mod poison;
 mod programs;
 mod rebuild;
 mod redrive;
+mod release;
 mod stage;
 mod start;
 mod status;
