@@ -63,13 +63,13 @@ struct Batch<'m> {
 impl<H: Handler> Worker<H> {
     /// Runs until told to stop; a batch under way is finished, one that waits for something is abandoned.
     pub(crate) async fn run(self) {
-        let mut looked: Option<Instant> = None;
+        let mut keep = self.keeps_from();
         while !self.stop.is_requested() {
-            if self.is_keeper() && looked.is_none_or(|at| at.elapsed() >= KEEP_EVERY) {
+            if keep.is_some_and(|at| at <= Instant::now()) {
                 if self.release_abandoned().await.is_err() {
                     return;
                 }
-                looked = Some(Instant::now());
+                keep = Some(Instant::now() + KEEP_EVERY);
             }
             let batch = self.poll();
             let Some(next) = batch.next else {
@@ -87,9 +87,11 @@ impl<H: Handler> Worker<H> {
         }
     }
 
-    /// Whether this worker looks for what others have left parked without a reason: not all need to.
-    fn is_keeper(&self) -> bool {
-        self.is_for_redriven() || self.partition.id.1 == 0
+    /// From when on this worker looks for releases that were cut short: one is enough. That of the redriven records does so
+    /// at once; one of the others later, in case there is no topic for those.
+    fn keeps_from(&self) -> Option<Instant> {
+        let after = if self.is_for_redriven() { Duration::ZERO } else { KEEP_EVERY };
+        (self.partition.id.1 == 0).then(|| Instant::now() + after)
     }
 
     /// Whether this partition holds redriven records.

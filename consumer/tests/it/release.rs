@@ -105,7 +105,7 @@ fn a_letter_whose_record_comes_again_and_goes_well_lets_go_what_is_behind_it() {
         stage.create_topic(&stage.dlq()).await;
         let mut consumer = stage.start("pharmacy").await;
         stage.run("ALTER TABLE pharmacy_orders ADD CONSTRAINT cheap CHECK (total_amount < 1000000)").await;
-        let bodies = [created("o-1"), updated("o-1", 2, "1000000"), updated("o-1", 3, "3")];
+        let bodies = [created("o-1"), updated("o-1", 2, "1000000"), confirmed("o-1", 3)];
         stage.produce(bodies.iter().map(Record::of)).await;
         stage.until_number(PARKED, 1).await;
         stage.until_number("SELECT count(*) FROM dead_letters WHERE dlq_offset IS NOT NULL", 1).await;
