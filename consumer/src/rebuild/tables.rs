@@ -14,7 +14,9 @@ const OWN: [&str; 6] =
 /// How long a lock on the projection is waited for at a time: shorter than Postgres waits before it looks for a deadlock,
 /// so that it is never a reader who is given up.
 const LOCK_TIMEOUT_MS: u32 = 250;
-/// How long in all.
+/// How long another rebuild of the group is waited for.
+const ALONE_MS: u32 = 3000;
+/// How long the locks are waited for in all.
 const LOCK_MAX: Duration = Duration::from_secs(60);
 
 /// A projection beside the live one.
@@ -41,16 +43,7 @@ impl Beside {
         group: &str,
         tables: &'static [&'static str],
     ) -> Result<Self, Failure> {
-        let is_alone: bool =
-            sqlx::query_scalar("SELECT pg_try_advisory_lock(hashtextextended('consumer rebuild ' || $1, 0))")
-                .bind(live)
-                .fetch_one(&mut *connection)
-                .await
-                .map_err(failed)?;
-        if !is_alone {
-            return Err(Failure::new(Kind::Refused, format!("another rebuild of {live} is under way"))
-                .hint("wait for it, or stop it"));
-        }
+        alone(connection, live).await?;
         let (schema, home): (String, String) = sqlx::query_as(
             "SELECT 'rebuild_' || left(regexp_replace(lower($1), '[^a-z0-9]+', '_', 'g'), 30) || '_' || left(md5($1), 8),
                     current_schema()",
@@ -266,9 +259,7 @@ impl Beside {
                 return execute(transaction, "SET LOCAL lock_timeout = 0").await;
             };
             attempt.rollback().await.map_err(failed)?;
-            let is_timeout =
-                error.as_database_error().and_then(DatabaseError::code).as_deref() == Some("55P03");
-            if !is_timeout || since.elapsed() > LOCK_MAX {
+            if !is_lock_timeout(&error) || since.elapsed() > LOCK_MAX {
                 return Err(failed(error).hint(
                     "somebody holds the tables (SELECT * FROM pg_locks); the live projection is as it was",
                 ));
@@ -344,6 +335,25 @@ impl Beside {
     fn live_table(&self, table: &str) -> String {
         format!("{}.{}", self.home, quoted(table))
     }
+}
+
+/// Makes sure that no other rebuild of the group is under way, as long as the connection lasts. One that has just ended may
+/// not have ended for Postgres yet.
+async fn alone(connection: &mut PgConnection, live: &str) -> Result<(), Failure> {
+    execute(connection, &format!("SET lock_timeout = {ALONE_MS}")).await?;
+    let lock = sqlx::query("SELECT pg_advisory_lock(hashtextextended('consumer rebuild ' || $1, 0))");
+    match lock.bind(live).execute(&mut *connection).await {
+        Ok(_) => execute(connection, "SET lock_timeout = 0").await,
+        Err(error) if is_lock_timeout(&error) => {
+            Err(Failure::new(Kind::Refused, format!("another rebuild of {live} is under way"))
+                .hint("wait for it, or stop it"))
+        }
+        Err(error) => Err(failed(error)),
+    }
+}
+
+fn is_lock_timeout(error: &sqlx::Error) -> bool {
+    error.as_database_error().and_then(DatabaseError::code).as_deref() == Some("55P03")
 }
 
 async fn execute(connection: &mut PgConnection, sql: &str) -> Result<(), Failure> {
