@@ -254,11 +254,14 @@ mod tests {
         let ports = auto(&up, 20_000, |port| port != 20_001).unwrap();
         let mut all = [vec![ports.postgres], ports.kafka, ports.controllers].concat();
         all.extend(ports.services.iter().map(|instance| instance.port));
-        assert_eq!(all.len(), 17);
-        assert!(all.iter().all(|port| (20_000..20_120).contains(port) && *port != 20_001), "{all:?}");
+        assert_eq!(all.len(), 18);
+        assert!(
+            all.iter().all(|port| (20_000..20_000 + AUTO_BLOCK).contains(port) && *port != 20_001),
+            "{all:?}"
+        );
         all.sort_unstable();
         all.dedup();
-        assert_eq!(all.len(), 17);
+        assert_eq!(all.len(), 18);
         assert_eq!(auto(&up, 20_000, |port| port < 20_010), None);
     }
 

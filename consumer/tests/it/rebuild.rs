@@ -133,13 +133,14 @@ fn under_load_the_new_projection_is_the_fold_of_the_topic_and_no_reader_sees_a_h
 #[test]
 fn a_rebuild_that_is_killed_changes_nothing_and_the_next_one_clears_up() {
     on_stage(1, async |stage| {
-        const ORDERS: i64 = 5000;
+        const ORDERS: i64 = 8000;
         let _consumer = stage.start("pharmacy").await;
         stage.produce((0..ORDERS).map(|n| Record::of(&created(&format!("o-{n}"))))).await;
         stage.until_number("SELECT count(*) FROM pharmacy_orders", ORDERS).await;
         let before = projection(&stage).await;
         let mut command = rebuild(&stage);
-        command.env("CONSUMER_CONSUMER__BATCH_RECORDS_MAX", "10");
+        // So slow that it is under way all the time.
+        command.env("CONSUMER_CONSUMER__BATCH_RECORDS_MAX", "1");
         let mut child = command.stderr(std::process::Stdio::null()).spawn().unwrap();
         let schema = "SELECT nspname::text FROM pg_namespace WHERE nspname LIKE 'rebuild%'";
         let schema = eventually("it has begun", async || stage.texts(schema).await.pop()).await;

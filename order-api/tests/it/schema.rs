@@ -124,7 +124,7 @@ fn the_tables_belong_to_the_owner_and_keep_their_rules() {
     let stage = Stage::new();
     let owned = "SELECT count(*) FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind = 'r' \
                  AND relowner = 'orders_owner'::regrole";
-    assert_eq!(stage.value(owned), "9");
+    assert_eq!(stage.value(owned), "11");
     let insert = "INSERT INTO orders VALUES ('o', 'c', 'r', 'created', 1, 'EUR', 1, now(), now())";
     stage.sql(insert);
     stage.runtime.block_on(async {
