@@ -48,7 +48,7 @@ pub(super) async fn pause(settings: &Settings, ledger: &mut Ledger, pause: &Paus
     }
     match before {
         Some(before) => println!("{group} was paused already, {}", since(&before)),
-        None => println!("{group} is paused; `consumer resume` lets it go on"),
+        None => println!("{group} is paused; `consumer resume`, for the same group, lets it go on"),
     }
     Ok(())
 }

@@ -188,7 +188,9 @@ impl Rebuilding {
                 told = Some(Instant::now());
                 tell(&format!("{left} of {} records to go", ends.records()));
             }
-            if left <= NEAR_RECORDS {
+            // Not before it has begun: joining its group takes it longer than anybody should wait.
+            let has_begun = left < ends.records() || ends.records() == 0;
+            if left <= NEAR_RECORDS && has_begun {
                 return Ok(());
             }
             sleep(LOOK_EVERY).await;

@@ -43,6 +43,8 @@ impl Beside {
         group: &str,
         tables: &'static [&'static str],
     ) -> Result<Self, Failure> {
+        // What is dropped, or is not there to be dropped, is nobody's concern.
+        execute(connection, "SET client_min_messages = warning").await?;
         alone(connection, live).await?;
         let (schema, home): (String, String) = sqlx::query_as(
             "SELECT 'rebuild_' || left(regexp_replace(lower($1), '[^a-z0-9]+', '_', 'g'), 30) || '_' || left(md5($1), 8),

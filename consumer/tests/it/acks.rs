@@ -6,7 +6,10 @@ use serde_json::{Value, json};
 use sqlx::AssertSqlSafe;
 use uuid::Uuid;
 
-use crate::stage::{Record, Stage, eventually, on_stage};
+use crate::{
+    records::Record,
+    stage::{Stage, eventually, on_stage},
+};
 
 /// Makes this stage's database an orders database.
 async fn prepare(stage: &Stage) {

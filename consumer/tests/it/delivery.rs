@@ -10,7 +10,10 @@ use serde_json::{Value, json};
 use sqlx::Row;
 use uuid::Uuid;
 
-use crate::stage::{PATIENCE, Record, Stage, confirmed, created, eventually, on_stage};
+use crate::{
+    records::{Record, confirmed, created},
+    stage::{PATIENCE, Stage, eventually, on_stage},
+};
 
 fn golden() -> Vec<Value> {
     ["OrderCreated", "OrderUpdated", "OrderConfirmed", "OrderCancelled"]

@@ -4,7 +4,10 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::stage::{Record, created, eventually, on_stage};
+use crate::{
+    records::{Record, created},
+    stage::{eventually, on_stage},
+};
 
 #[test]
 fn two_instances_share_the_partitions_and_one_takes_over_what_the_other_leaves() {

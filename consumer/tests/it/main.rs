@@ -19,6 +19,7 @@ mod pause;
 mod poison;
 mod programs;
 mod rebuild;
+mod records;
 mod redrive;
 mod release;
 mod stage;

@@ -4,7 +4,10 @@ use serde_json::{Value, json};
 use sqlx::Row;
 use uuid::Uuid;
 
-use crate::stage::{Record, Stage, eventually, message, on_stage};
+use crate::{
+    records::{Record, message},
+    stage::{Stage, eventually, on_stage},
+};
 
 /// Rows of the outbox are deleted in the transaction that inserts them: a trigger keeps a copy of each, committed
 /// with it.

@@ -13,7 +13,10 @@ use ring::hmac;
 use rustls::{ServerConfig, ServerConnection, StreamOwned, crypto::ring::default_provider};
 use uuid::Uuid;
 
-use crate::stage::{Record, Stage, confirmed, created, eventually, on_stage};
+use crate::{
+    records::{Record, confirmed, created},
+    stage::{Stage, eventually, on_stage},
+};
 
 const SECRET: &str = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
 /// A path as good as a password, as chat services have it.

@@ -6,7 +6,8 @@ use serde_json::{Value, json};
 
 use crate::{
     outage::{allow_connections, terminate_backends},
-    stage::{Record, Running, Stage, confirmed, created, eventually, on_stage},
+    records::{Record, confirmed, created},
+    stage::{Running, Stage, eventually, on_stage},
 };
 
 /// An answer, whole.

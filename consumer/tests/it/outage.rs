@@ -4,7 +4,10 @@ use std::time::Duration;
 
 use sqlx::AssertSqlSafe;
 
-use crate::stage::{Record, Stage, confirmed, created, eventually, on_stage};
+use crate::{
+    records::{Record, confirmed, created},
+    stage::{Stage, eventually, on_stage},
+};
 
 pub(crate) async fn terminate_backends(stage: &Stage) -> i64 {
     sqlx::query_scalar(

@@ -8,40 +8,13 @@ use std::{
 use rdkafka::admin::AdminOptions;
 use serde_json::{Value, json};
 
-use crate::stage::{Record, Running, Stage, confirmed, created, eventually, on_stage};
+use crate::{
+    records::{Record, confirmed, created, updated},
+    stage::{Running, Stage, eventually, on_stage},
+};
 
 /// What no order may cost as long as the test's constraint stands.
 const TOO_MUCH: &str = "1000000";
-
-fn updated(order: &str, version: i64, total: &str) -> Value {
-    let mut body = created(order);
-    body["eventType"] = json!("OrderUpdated");
-    body["status"] = json!("created");
-    body["version"] = json!(version);
-    body["totalAmount"] = json!(total);
-    body
-}
-
-/// A record as `consumer dlq redrive` writes it.
-fn redriven(
-    stage: &Stage,
-    record: &Record,
-    partition: i32,
-    offset: i64,
-    number: i32,
-    action: &str,
-) -> Record {
-    let mut record = Record { partition: None, ..record.clone() };
-    if action == "discard" {
-        record.value = None;
-    }
-    record.header("redrive.topic", &stage.topic);
-    record.header("redrive.partition", &partition.to_string());
-    record.header("redrive.offset", &offset.to_string());
-    record.header("redrive.number", &number.to_string());
-    record.header("redrive.action", action);
-    record
-}
 
 async fn redrive(stage: &Stage, records: impl IntoIterator<Item = Record>) {
     stage.produce_to(&stage.redrive(), records).await;
@@ -96,7 +69,7 @@ fn what_is_behind_a_failed_event_follows_it_in_order_once_it_is_redriven() {
         stage.produce([late]).await;
         stage.until_number(PARKED, 2).await;
         mend(&stage).await;
-        redrive(&stage, [redriven(&stage, &refused, 0, 1, 1, "apply")]).await;
+        redrive(&stage, [refused.redriven(&stage.topic, 0, 1, 1, "apply")]).await;
         stage.until_number("SELECT version FROM pharmacy_orders WHERE order_id = 'o-1'", 4).await;
         stage.until_number(PARKED, 0).await;
         assert_eq!(versions(&stage).await, ["o-1 1", "o-2 1", "o-1 2", "o-1 3", "o-1 4"]);
@@ -117,7 +90,7 @@ fn one_that_fails_again_is_counted_and_stays_and_keeps_what_is_behind_it() {
         prepare(&stage).await;
         let consumer = stage.start("pharmacy").await;
         let refused = failed(&stage, &consumer).await;
-        redrive(&stage, [redriven(&stage, &refused, 0, 1, 1, "apply")]).await;
+        redrive(&stage, [refused.redriven(&stage.topic, 0, 1, 1, "apply")]).await;
         let letters = stage.dead_letters(2).await;
         let redrives: Vec<String> = letters.iter().map(|l| l.header("dlq.redrives")).collect();
         assert_eq!(redrives, ["", "1"]);
@@ -126,10 +99,10 @@ fn one_that_fails_again_is_counted_and_stays_and_keeps_what_is_behind_it() {
         stage.until_number("SELECT attempts::bigint FROM dead_letters WHERE dlq_offset = 1", 2).await;
         assert_eq!(stage.number(PARKED).await, 1);
         mend(&stage).await;
-        redrive(&stage, [redriven(&stage, &refused, 0, 1, 2, "apply")]).await;
+        redrive(&stage, [refused.redriven(&stage.topic, 0, 1, 2, "apply")]).await;
         stage.until_number("SELECT version FROM pharmacy_orders WHERE order_id = 'o-1'", 3).await;
         // Once more changes nothing.
-        redrive(&stage, [redriven(&stage, &refused, 0, 1, 3, "apply")]).await;
+        redrive(&stage, [refused.redriven(&stage.topic, 0, 1, 3, "apply")]).await;
         eventually("the last is dropped", async || {
             (consumer.metric("consumer_duplicates_dropped_total").await > 0.9).then_some(())
         })
@@ -145,13 +118,13 @@ fn a_discarded_one_is_never_applied_and_lets_the_others_go() {
         prepare(&stage).await;
         let mut consumer = stage.start("pharmacy").await;
         let refused = failed(&stage, &consumer).await;
-        redrive(&stage, [redriven(&stage, &refused, 0, 1, 1, "discard")]).await;
+        redrive(&stage, [refused.redriven(&stage.topic, 0, 1, 1, "discard")]).await;
         stage.until_number("SELECT version FROM pharmacy_orders WHERE order_id = 'o-1'", 3).await;
         assert_eq!(stage.texts("SELECT outcome FROM dead_letters").await, ["discarded"]);
         assert_eq!(stage.number(PARKED).await, 0);
         mend(&stage).await;
         // Not by another redrive, and not when the whole topic is read again.
-        redrive(&stage, [redriven(&stage, &refused, 0, 1, 2, "apply")]).await;
+        redrive(&stage, [refused.redriven(&stage.topic, 0, 1, 2, "apply")]).await;
         assert!(consumer.terminate().await.success(), "{}", consumer.log());
         stage.admin().delete_groups(&[&stage.name], &AdminOptions::new()).await.unwrap()[0].as_ref().unwrap();
         let consumer = stage.start("pharmacy").await;
@@ -176,7 +149,7 @@ fn where_nothing_is_parked_a_redriven_event_that_was_overtaken_is_ignored() {
         stage.until_number(LETTERS_SENT, 1).await;
         stage.until_number("SELECT version FROM pharmacy_orders", 3).await;
         mend(&stage).await;
-        redrive(&stage, [redriven(&stage, &refused, 0, 1, 1, "apply")]).await;
+        redrive(&stage, [refused.redriven(&stage.topic, 0, 1, 1, "apply")]).await;
         stage.until_number("SELECT count(*) FROM dead_letters WHERE settled_at IS NOT NULL", 1).await;
         assert_eq!(versions(&stage).await, ["o-1 1", "o-1 3"]);
         assert!((consumer.metric("consumer_stale_ignored_total").await - 1.0).abs() < 0.1);
@@ -222,7 +195,7 @@ fn killed_in_the_middle_of_a_redrive_every_key_keeps_its_order_and_nothing_is_lo
                 .unwrap();
         let letters = letters.iter().map(|(partition, offset, key)| {
             let record = seconds.iter().find(|r| r.key.as_ref() == Some(key)).unwrap();
-            redriven(&stage, record, *partition, *offset, 1, "apply")
+            record.redriven(&stage.topic, *partition, *offset, 1, "apply")
         });
         redrive(&stage, letters).await;
         let applied = "SELECT count(*) FROM dead_letters WHERE outcome = 'applied'";
@@ -279,7 +252,7 @@ fn a_gap_that_nothing_closes_is_dead_lettered_and_accepted_when_it_is_redriven()
         assert_eq!(letters[0].header("dlq.reason"), "version_gap");
         stage.until_number(PARKED, 1).await;
         stage.until_number(LETTERS_SENT, 1).await;
-        redrive(&stage, [redriven(&stage, &third, 0, 1, 1, "apply")]).await;
+        redrive(&stage, [third.redriven(&stage.topic, 0, 1, 1, "apply")]).await;
         stage.until_number("SELECT version FROM pharmacy_orders", 4).await;
         assert_eq!(versions(&stage).await, ["o-1 1", "o-1 3", "o-1 4"]);
     });
@@ -323,7 +296,7 @@ fn a_gap_is_filled_with_the_events_that_the_order_api_has() {
 }
 
 /// Takes one request and answers it; gives back its first line.
-fn answer(listener: &TcpListener, status: u16, body: &Value) -> String {
+pub(crate) fn answer(listener: &TcpListener, status: u16, body: &Value) -> String {
     let (stream, _) = listener.accept().unwrap();
     let mut lines = BufReader::new(&stream).lines().map(Result::unwrap);
     let asked = lines.next().unwrap();

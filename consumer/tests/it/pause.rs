@@ -3,7 +3,10 @@
 use serde_json::json;
 use sqlx::Connection as _;
 
-use crate::stage::{Record, created, eventually, on_stage};
+use crate::{
+    records::{Record, created},
+    stage::{eventually, on_stage},
+};
 
 #[test]
 fn pausing_and_resuming_twice_changes_nothing_more_and_tells_what_was_so() {

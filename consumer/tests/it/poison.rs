@@ -2,7 +2,10 @@
 
 use serde_json::{Value, json};
 
-use crate::stage::{Record, confirmed, created, eventually, on_stage};
+use crate::{
+    records::{Record, confirmed, created, incompressible},
+    stage::{eventually, on_stage},
+};
 
 fn with(mut body: Value, field: &str, value: Value) -> Value {
     body[field] = value;
@@ -99,13 +102,7 @@ fn a_poison_that_is_too_large_with_its_headers_is_dead_lettered_without_its_valu
     on_stage(1, async |stage| {
         stage.create_topic(&stage.dlq()).await;
         let _consumer = stage.start("pharmacy").await;
-        let mut state = 1_u64;
-        let incompressible: Vec<u8> = (0..1_048_400)
-            .map(|_| {
-                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-                state.to_be_bytes()[0]
-            })
-            .collect();
+        let incompressible = incompressible(1_048_400);
         let mut poison = raw(Some(b"large"), Some(&incompressible));
         poison.headers.clear();
         stage.produce([poison, Record::of(&created("good"))]).await;

@@ -4,7 +4,11 @@ use std::{fs, path::Path, process::Command};
 
 use uuid::Uuid;
 
-use crate::stage::{Record, Stage, confirmed, created, eventually, on_stage};
+use crate::{
+    records::{Record, confirmed, created},
+    release::WAITING,
+    stage::{Stage, eventually, on_stage},
+};
 
 /// A program of `examples/` or `tests/programs/`, with a stage's settings.
 fn program(stage: &Stage, name: &str) -> Command {
@@ -48,6 +52,36 @@ fn the_example_counts_each_order_once_and_can_be_rebuilt() {
         let output = tokio::task::spawn_blocking(move || rebuild.output().unwrap()).await.unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         assert_eq!(stage.number(points).await, 100);
+    });
+}
+
+/// What is counted twice shows, unlike what is written twice.
+#[test]
+fn a_swap_that_waits_for_a_reader_counts_nothing_twice_of_what_comes_meanwhile() {
+    on_stage(1, async |stage| {
+        let consumer = stage.spawn(program(&stage, "loyalty")).await;
+        consumer.until_ready().await;
+        let orders = |from: i64, to: i64| (from..to).map(|n| Record::of(&created(&format!("o-{n}"))));
+        let points = "SELECT points FROM loyalty_points WHERE customer_id = 'c-1'";
+        stage.produce(orders(0, 100)).await;
+        stage.until_number(points, 100).await;
+        let mut reader = stage.pool.begin().await.unwrap();
+        sqlx::query("SELECT FROM loyalty_points").execute(&mut *reader).await.unwrap();
+        let mut rebuild = program(&stage, "loyalty");
+        rebuild.arg("rebuild");
+        let rebuilding = tokio::task::spawn_blocking(move || rebuild.output().unwrap());
+        let swapping = "SELECT count(*) FROM pg_locks WHERE NOT granted AND mode = 'AccessExclusiveLock'
+                        AND relation = 'loyalty_points'::regclass";
+        stage.until_number(swapping, 1).await;
+        stage.produce(orders(100, 150)).await;
+        // The live consumer's batch and the rebuild's.
+        stage.until_number(WAITING, 2).await;
+        reader.commit().await.unwrap();
+        let output = rebuilding.await.unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        eventually("all committed", async || (stage.committed().await == 150).then_some(())).await;
+        assert_eq!(stage.number(points).await, 150);
+        assert_eq!(stage.number("SELECT count(*) FROM inbox").await, 150);
     });
 }
 

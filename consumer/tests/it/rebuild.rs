@@ -8,9 +8,13 @@ use std::{
     },
 };
 
+use rdkafka::{Offset, TopicPartitionList, admin::AdminOptions};
 use serde_json::{Value, json};
 
-use crate::stage::{Record, Stage, confirmed, created, eventually, on_stage};
+use crate::{
+    records::{Record, confirmed, created},
+    stage::{Stage, eventually, on_stage},
+};
 
 async fn output(mut command: Command) -> Output {
     tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap()
@@ -212,12 +216,39 @@ fn what_was_discarded_stays_so_what_is_parked_stays_and_new_failures_stop_the_sw
         assert_eq!(refused.status.code(), Some(69));
         assert!(String::from_utf8_lossy(&refused.stderr).contains("the view dear"));
 
-        stage.run("DROP VIEW dear; UPDATE dead_letters SET settled_at = now(), outcome = 'discarded'").await;
+        // So would a column's own numbers.
+        stage.run("DROP VIEW dear; ALTER TABLE pharmacy_tasks ADD COLUMN number bigserial").await;
+        let refused = output(rebuild(&stage)).await;
+        assert_eq!(refused.status.code(), Some(69));
+        assert!(String::from_utf8_lossy(&refused.stderr).contains("the sequence pharmacy_tasks_number_seq"));
+
+        stage.run("ALTER TABLE pharmacy_tasks DROP COLUMN number; UPDATE dead_letters SET settled_at = now(), outcome = 'discarded'").await;
         rebuilt(&stage).await;
         assert_eq!(stage.number("SELECT version FROM pharmacy_orders").await, 3);
         assert_eq!(stage.texts("SELECT outcome FROM dead_letters").await, ["discarded"]);
         assert_eq!(stage.dead_letter_count().await, 1);
         assert!(!consumer.log().contains("ERROR"), "{}", consumer.log());
+    });
+}
+
+#[test]
+fn a_topic_whose_beginning_is_gone_is_rebuilt_only_if_that_is_said() {
+    on_stage(1, async |stage| {
+        let _consumer = stage.start("pharmacy").await;
+        stage.produce((0..3).map(|n| Record::of(&created(&format!("o-{n}"))))).await;
+        stage.until_number("SELECT count(*) FROM pharmacy_orders", 3).await;
+        let mut gone = TopicPartitionList::new();
+        gone.add_partition_offset(&stage.topic, 0, Offset::Offset(1)).unwrap();
+        stage.admin().delete_records(&gone, &AdminOptions::new()).await.unwrap();
+        let refused = output(rebuild(&stage)).await;
+        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert_eq!(refused.status.code(), Some(65), "{said}");
+        assert!(said.contains("the first 1 records") && said.contains("--accept-missing"), "{said}");
+        assert_eq!(stage.number("SELECT count(*) FROM pharmacy_orders").await, 3);
+        let mut command = rebuild(&stage);
+        command.arg("--accept-missing");
+        assert!(output(command).await.status.success());
+        assert_eq!(stage.number("SELECT count(*) FROM pharmacy_orders").await, 2);
     });
 }
 

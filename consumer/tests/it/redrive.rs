@@ -2,7 +2,10 @@
 
 use serde_json::{Value, json};
 
-use crate::stage::{Record, Said, Stage, confirmed, created, on_stage};
+use crate::{
+    records::{Record, confirmed, created},
+    stage::{Said, Stage, on_stage},
+};
 
 /// Refused by the test's own constraint, until it is dropped.
 fn too_dear(order: &str) -> Record {

@@ -1,21 +1,21 @@
 //! What is parked is let go whenever nothing holds it back any more, whoever was killed on the way there.
 
+use std::net::TcpListener;
+
 use rdkafka::admin::AdminOptions;
 use serde_json::{Value, json};
 
-use crate::stage::{Record, Stage, confirmed, created, eventually, on_stage};
+use crate::{
+    parking::answer,
+    records::{Record, confirmed, created, incompressible, updated},
+    stage::{Stage, eventually, on_stage},
+};
 
 const PARKED: &str = "SELECT count(*) FROM parked_records";
+/// Batches that wait at a gate.
+pub(crate) const WAITING: &str = "SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype = 'advisory'
+    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())";
 const OPEN: &str = "SELECT count(*) FROM dead_letters WHERE settled_at IS NULL";
-
-fn updated(order: &str, version: i64, total: &str) -> Value {
-    let mut body = created(order);
-    body["eventType"] = json!("OrderUpdated");
-    body["status"] = json!("created");
-    body["version"] = json!(version);
-    body["totalAmount"] = json!(total);
-    body
-}
 
 /// An open dead letter of o-1 from an earlier time.
 async fn letter(stage: &Stage, partition: i32, offset: i64) {
@@ -46,13 +46,7 @@ async fn parked(stage: &Stage, partition: i32, offset: i64, body: &Value) {
 }
 
 fn redriven(stage: &Stage, body: &Value, partition: i32, offset: i64) -> Record {
-    let mut record = Record::of(body);
-    record.header("redrive.topic", &stage.topic);
-    record.header("redrive.partition", &partition.to_string());
-    record.header("redrive.offset", &offset.to_string());
-    record.header("redrive.number", "1");
-    record.header("redrive.action", "apply");
-    record
+    Record::of(body).redriven(&stage.topic, partition, offset, 1, "apply")
 }
 
 async fn versions(stage: &Stage) -> Vec<String> {
@@ -157,18 +151,66 @@ fn a_poison_with_a_key_of_many_bytes_is_dead_lettered_like_any_other() {
     on_stage(1, async |stage| {
         stage.create_topic(&stage.dlq()).await;
         let _consumer = stage.start("pharmacy").await;
-        let mut state = 7_u64;
-        let key: Vec<u8> = (0..4000)
-            .map(|_| {
-                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-                state.to_be_bytes()[0]
-            })
-            .collect();
+        let key = incompressible(4000);
         let poison = || Record { key: Some(key.clone()), value: Some(b"no".to_vec()), ..Record::default() };
         stage.produce([poison(), poison(), Record::of(&created("o-1"))]).await;
         stage.until_number("SELECT count(*) FROM pharmacy_orders", 1).await;
         let letters = stage.dead_letters(2).await;
         assert!(letters.iter().all(|letter| letter.key.as_ref() == Some(&key)));
         eventually("all committed", async || (stage.committed().await == 3).then_some(())).await;
+    });
+}
+
+/// What a batch knows of its group it must learn behind the gate, not before it waits there.
+#[test]
+fn a_batch_that_waited_at_the_gate_sees_what_was_done_meanwhile() {
+    on_stage(1, async |stage| {
+        let _consumer = stage.start("pharmacy").await;
+        stage.produce([created("o-1"), created("o-2")].iter().map(Record::of)).await;
+        stage.until_number("SELECT count(*) FROM pharmacy_orders", 2).await;
+        let mut alone = stage.pool.begin().await.unwrap();
+        sqlx::query("SELECT pg_advisory_xact_lock(hashtextextended('consumer group ' || $1, 0))")
+            .bind(&stage.name)
+            .execute(&mut *alone)
+            .await
+            .unwrap();
+        stage.produce([Record::of(&confirmed("o-1", 2))]).await;
+        stage.until_number(WAITING, 1).await;
+        sqlx::query(
+            "INSERT INTO dead_letters (consumer_group, topic, partition, record_offset, key, reason, error, attempts,
+                                       blocks_key, dlq_partition, dlq_offset)
+             VALUES ($1, $2, 0, 1, 'o-1', 'not_json', '', 1, true, 0, 0)",
+        )
+        .bind(&stage.name)
+        .bind(&stage.topic)
+        .execute(&mut *alone)
+        .await
+        .unwrap();
+        alone.commit().await.unwrap();
+        stage.until_number(PARKED, 1).await;
+        assert_eq!(stage.number("SELECT version FROM pharmacy_orders WHERE order_id = 'o-1'").await, 1);
+    });
+}
+
+/// A gap is filled, and then the event itself is refused: its dead letter stays open.
+#[test]
+fn what_is_fetched_because_of_an_event_does_not_settle_its_letter() {
+    on_stage(1, async |stage| {
+        stage.migrate().await;
+        stage.run("ALTER TABLE pharmacy_orders ADD CONSTRAINT cheap CHECK (total_amount < 1000000)").await;
+        letter(&stage, 0, 1).await;
+        let second = updated("o-1", 2, "2");
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}/{{aggregate}}", listener.local_addr().unwrap());
+        let page = json!({"events": [second], "nextCursor": null});
+        let api = std::thread::spawn(move || answer(&listener, 200, &page));
+        let mut command = stage.command("pharmacy");
+        command.env("CONSUMER_CONSUMER__ON_GAP", "fetch").env("CONSUMER_CONSUMER__GAP_URL", url);
+        stage.produce([created("o-1"), updated("o-1", 3, "1000000")].iter().map(Record::of)).await;
+        let _consumer = stage.spawn(command).await;
+        eventually("both are done with", async || (stage.committed().await == 2).then_some(())).await;
+        api.join().unwrap();
+        assert_eq!(versions(&stage).await, ["1", "2"]);
+        assert_eq!(stage.number(OPEN).await, 1);
     });
 }

@@ -21,9 +21,11 @@ use rdkafka::{
     message::{Header, Headers, OwnedHeaders},
     producer::{FutureProducer, FutureRecord},
 };
-use serde_json::{Value, json};
+use serde_json::Value;
 use sqlx::{AssertSqlSafe, ConnectOptions, PgPool, postgres::PgConnectOptions};
 use uuid::Uuid;
+
+use crate::records::Record;
 
 /// How long anything may take that a test waits for.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(90);
@@ -354,46 +356,6 @@ impl Said {
     }
 }
 
-/// A record to write.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct Record {
-    pub(crate) key: Option<Vec<u8>>,
-    pub(crate) value: Option<Vec<u8>>,
-    pub(crate) headers: Vec<(String, Vec<u8>)>,
-    pub(crate) partition: Option<i32>,
-}
-
-impl Record {
-    /// A body under its own order's key, with the headers the relay gives it.
-    pub(crate) fn of(body: &Value) -> Self {
-        let text = |field: &str| body[field].as_str().unwrap_or_default().as_bytes().to_vec();
-        Self {
-            key: Some(text("aggregateId")),
-            value: Some(body.to_string().into_bytes()),
-            headers: vec![("id".into(), text("eventId")), ("type".into(), text("eventType"))],
-            partition: None,
-        }
-    }
-
-    pub(crate) fn header(&mut self, name: &str, value: &str) {
-        self.headers.push((name.into(), value.into()));
-    }
-}
-
-/// A generic message as the order API and the relay write it, the `attempt`th delivery of it.
-pub(crate) fn message(id: Uuid, attempt: i32, require_ack: &str, payload: &str) -> Record {
-    let mut record =
-        Record { key: Some(id.to_string().into_bytes()), value: Some(payload.into()), ..Record::default() };
-    record.header("id", &Uuid::now_v7().to_string());
-    record.header("message-id", &id.to_string());
-    record.header("attempt", &attempt.to_string());
-    record.header("lsn", &format!("0/{attempt}"));
-    if !require_ack.is_empty() {
-        record.header("require-ack", require_ack);
-    }
-    record
-}
-
 /// A dead letter as read.
 pub(crate) struct Letter {
     pub(crate) key: Option<Vec<u8>>,
@@ -414,24 +376,6 @@ impl Letter {
         let found = self.headers.iter().find(|(key, _)| key == name);
         found.map_or(String::new(), |(_, value)| String::from_utf8_lossy(value).into_owned())
     }
-}
-
-/// An `OrderCreated`.
-pub(crate) fn created(order: &str) -> Value {
-    json!({
-        "eventId": Uuid::now_v7(), "aggregateId": order, "occurredOn": "2026-11-21T12:00:00.5Z", "version": 1,
-        "eventType": "OrderCreated", "customerId": "c-1", "restaurantId": "r-1", "currency": "EUR",
-        "totalAmount": "12.50",
-        "items": [{"menuItemId": "m-1", "name": "Tea", "price": "6.25", "quantity": 2}],
-    })
-}
-
-/// An `OrderConfirmed` of this version.
-pub(crate) fn confirmed(order: &str, version: i64) -> Value {
-    json!({
-        "eventId": Uuid::now_v7(), "aggregateId": order, "occurredOn": "2026-11-21T12:00:10Z",
-        "version": version, "eventType": "OrderConfirmed", "paymentId": "p-1",
-    })
 }
 
 /// A consumer's process; killed when dropped.

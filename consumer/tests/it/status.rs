@@ -2,7 +2,10 @@
 
 use serde_json::{Value, json};
 
-use crate::stage::{Record, Stage, created, eventually, on_stage};
+use crate::{
+    records::{Record, created},
+    stage::{Stage, eventually, on_stage},
+};
 
 async fn status(stage: &Stage) -> Value {
     let said = stage.operate("pharmacy", &["status", "--json"]).await;
