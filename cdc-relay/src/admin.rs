@@ -8,7 +8,7 @@ use prometheus_client::{
 
 use relay_core::poison::{self, Policy};
 
-use crate::error::Kind;
+use crate::{error::Kind, standby::Holder};
 
 /// The label of `cdc_relay_errors_total`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -21,6 +21,14 @@ pub(crate) struct ErrorLabel {
 pub(crate) struct DivertedLabels {
     kind: &'static str,
     policy: &'static str,
+}
+
+/// The labels of `cdc_relay_slot_holder`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct HolderLabels {
+    application: String,
+    client: String,
+    pid: String,
 }
 
 /// The relay's metrics. Cloning shares them.
@@ -43,6 +51,7 @@ pub(crate) struct Metrics {
     pub(crate) slot_safe_wal_bytes: Gauge,
     pub(crate) parked_aggregates: Gauge,
     pub(crate) redriven: Counter,
+    holder: Family<HolderLabels, Gauge>,
     errors: Family<ErrorLabel, Counter>,
     diverted: Family<DivertedLabels, Counter>,
 }
@@ -83,6 +92,11 @@ impl Metrics {
         r.register("sessions", "Replication sessions started", self.sessions.clone());
         r.register("streaming", "1 while this relay holds the slot and streams", self.streaming.clone());
         r.register("standby", "1 while another process holds the slot", self.standby.clone());
+        r.register(
+            "slot_holder",
+            "1 while this relay stands by, for whoever holds the slot, as far as the server tells",
+            self.holder.clone(),
+        );
         r.register("kafka_up", "0 while no broker can be reached", self.kafka_up.clone());
         r.register("postgres_up", "0 while the monitor cannot ask Postgres", self.postgres_up.clone());
         r.register(
@@ -127,6 +141,14 @@ impl Metrics {
             Policy::Skip => "skip",
         };
         self.diverted.get_or_create(&DivertedLabels { kind: kind.name(), policy }).inc();
+    }
+
+    /// Says who holds the slot while this relay stands by.
+    pub(crate) fn slot_held_by(&self, holder: Option<&Holder>) {
+        self.holder.clear();
+        if let Some(Holder { application, client, pid }) = holder.cloned() {
+            self.holder.get_or_create(&HolderLabels { application, client, pid }).set(1);
+        }
     }
 
     /// Counts an error.

@@ -37,7 +37,7 @@ pub(crate) enum Kind {
 pub(crate) enum Policy {
     /// Try again from the confirmed LSN, waiting longer each time.
     Retry,
-    /// Try again at a steady pace: somebody else does the work.
+    /// Wait until somebody else stops doing the work.
     StandBy,
     /// Stop the process.
     Stop(exit::Kind),

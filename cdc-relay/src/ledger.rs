@@ -20,7 +20,7 @@ use crate::{
     config::Settings,
     error::{Error, Kind},
     kafka::{Entry, History, Patience},
-    shared::Shared,
+    shared::{Shared, instance},
 };
 
 /// Everything up to `lsn` is settled in Kafka.
@@ -242,8 +242,7 @@ pub(crate) struct Writer {
 
 impl Writer {
     pub(crate) fn new(owner: Owner, timeline: u32) -> Self {
-        let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
-        Self { owner, timeline, generation: 0, instance: format!("{host}/{}", std::process::id()) }
+        Self { owner, timeline, generation: 0, instance: instance() }
     }
 
     pub(crate) fn checkpoint(&self, settings: &Settings, lsn: Lsn) -> Entry {

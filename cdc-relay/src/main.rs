@@ -17,6 +17,7 @@ mod sessions;
 mod setup;
 mod shared;
 mod slot;
+mod standby;
 mod start;
 mod wait;
 

@@ -25,7 +25,7 @@ use crate::{
     },
     shared::Shared,
     start::{Memory, STATUS_INTERVAL, relay_options, take_slot},
-    wait::Wakeups,
+    wait::{self, Wakeups},
 };
 
 /// At most so many events between two looks at the acknowledgements and the clock.
@@ -36,6 +36,9 @@ const PENDING_RETRY: Duration = Duration::from_millis(100);
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(5);
 /// A session that has had nothing to do for so long is well.
 const WELL_AFTER: Duration = Duration::from_secs(10);
+/// A round that took longer may have been interrupted by a frozen process or machine.
+const FROZEN_AFTER: Duration = Duration::from_secs(1);
+
 /// One session, from its first connection to its end.
 struct Session<'a> {
     shared: &'a Shared,
@@ -62,6 +65,8 @@ struct Session<'a> {
     acknowledged: Vec<Ticket>,
     ignored_before: u64,
     pace: Pace,
+    /// When the last round began.
+    last_round: Duration,
     /// When Postgres was first seen to shut down.
     postgres_stops_since: Option<Duration>,
     /// Whether Kafka has acknowledged something, or a while has passed with nothing to do.
@@ -138,6 +143,7 @@ fn begin<'a>(shared: &'a Shared, wakeups: &'a Wakeups, memory: &mut Memory) -> R
         acknowledged: Vec::new(),
         ignored_before: 0,
         pace: Pace::new(),
+        last_round: Duration::ZERO,
         postgres_stops_since: None,
         is_well: false,
         waiting_since: Duration::ZERO,
@@ -154,6 +160,7 @@ impl Session<'_> {
         // When the stop was asked for.
         let mut draining: Option<Duration> = None;
         loop {
+            self.wake_up()?;
             self.admit()?;
             self.settle()?;
             self.keep_position()?;
@@ -179,6 +186,16 @@ impl Session<'_> {
                 self.wait(read);
             }
         }
+    }
+
+    /// A process that was frozen may wake up without its slot. Then it writes nothing down any more.
+    fn wake_up(&mut self) -> Result<(), Error> {
+        let (last, now) = (self.last_round, self.now());
+        self.last_round = now;
+        if now > last + FROZEN_AFTER && wait::is_closed(self.stream.fd()) {
+            return Err(Error::new(Kind::PostgresAway, "the server has closed the replication stream"));
+        }
+        Ok(())
     }
 
     /// Starts reading the slot once it is known what earlier sessions wrote down, and it fits.

@@ -9,12 +9,11 @@ use crate::{
     pipeline,
     setup::Desk,
     shared::Shared,
+    standby,
     start::Memory,
     wait::Wakeups,
 };
 
-/// How often a standby tries the slot.
-const STANDBY_INTERVAL: Duration = Duration::from_millis(500);
 const BACKOFF_FIRST: Duration = Duration::from_millis(100);
 const BACKOFF_LIMIT: Duration = Duration::from_secs(5);
 
@@ -39,12 +38,8 @@ pub(crate) fn run(shared: &Shared, wakeups: &Wakeups) -> Result<(), Failure> {
         match error.kind.policy() {
             Policy::Stop(_) => return Err(error.into_failure()),
             Policy::StandBy => {
-                if shared.metrics.standby.set(1) == 0 {
-                    tracing::info!("standing by: {error}");
-                }
-                shared.health.ready("standby");
                 course.unwell_since = None;
-                wakeups.wait(STANDBY_INTERVAL);
+                standby::wait(shared, wakeups);
             }
             Policy::Retry if shared.stopping() => {
                 let what =

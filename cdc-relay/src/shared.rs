@@ -9,6 +9,11 @@ use service::Health;
 
 use crate::{admin::Metrics, config::Settings, dlq::desk::Desk, wait::Waker};
 
+/// Who this process is: host and process id.
+pub(crate) fn instance() -> String {
+    format!("{}/{}", rustix::system::uname().nodename().to_string_lossy(), std::process::id())
+}
+
 /// Cloning shares it.
 #[derive(Debug, Clone)]
 pub(crate) struct Shared {

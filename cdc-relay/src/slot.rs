@@ -46,13 +46,15 @@ pub(crate) fn verify(connection: &mut Connection, settings: &Settings) -> Result
     Ok(Position { confirmed, wal_sender_timeout_ms: setting("wal_sender_timeout")?.parse().unwrap_or(0) })
 }
 
-/// Whether `synchronous_standby_names` includes our `application_name`
+/// Whether `synchronous_standby_names` includes a relay's `application_name`
 /// (<https://www.postgresql.org/docs/current/runtime-config-replication.html#GUC-SYNCHRONOUS-STANDBY-NAMES>).
 fn counts_us(standbys: &str) -> bool {
     let mut names = standbys.split(|c: char| c == ',' || c == '(' || c == ')' || c.is_whitespace());
     names.any(|name| {
         let name = name.trim_matches('"');
-        name == "*" || name.eq_ignore_ascii_case(APPLICATION_NAME)
+        // `cdc-relay` alone, too, although no relay has that name: every commit would wait for it.
+        let kind = name.split('/').next().unwrap_or_default();
+        name == "*" || kind.eq_ignore_ascii_case(APPLICATION_NAME)
     })
 }
 
@@ -152,7 +154,14 @@ mod tests {
 
     #[test]
     fn a_synchronous_standby_is_recognised() {
-        for ours in ["*", "FIRST 1 (a, *)", "ANY 2 (\"cdc-relay\", b)", "a,CDC-Relay", "2 (a,*)"] {
+        for ours in [
+            "*",
+            "FIRST 1 (a, *)",
+            "ANY 2 (\"cdc-relay\", b)",
+            "a,CDC-Relay",
+            "2 (a,*)",
+            "\"cdc-relay/h/1\", b",
+        ] {
             assert!(counts_us(ours), "{ours}");
         }
         for others in ["", "a", "FIRST 1 (a, b)", "ANY 1 (cdc-relay-2)", "\"a b\""] {

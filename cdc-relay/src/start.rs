@@ -15,7 +15,7 @@ use crate::{
     position::System,
     publication,
     replication::{connection::Connection, handshake::Purpose, stream::ReplicationStream},
-    slot::{self, Position},
+    slot::{self, Position, Slot},
 };
 
 /// The longest time between two status updates, whatever the server would allow.
@@ -86,10 +86,19 @@ pub(crate) fn relay_options(
 }
 
 /// Takes the slot, then looks at where it stands: before, another process could still move it.
+///
+/// # Errors
+/// [`Kind::SlotInUse`] while another process holds it; but one that could never become ours is named at once.
 pub(crate) fn take_slot(
     settings: &Settings,
 ) -> Result<(ReplicationStream, System, Position, Partitions), Error> {
     let mut connection = Connection::connect(&settings.postgres, Purpose::Sql, settings.connect_timeout)?;
+    let slot = Slot::look(&mut connection, &settings.slot)?;
+    if let Some(pid) = slot.and_then(|slot| slot.active_pid) {
+        slot::verify(&mut connection, settings)?;
+        let what = format!("slot {:?} is held by server process {pid}", settings.slot);
+        return Err(Error::new(Kind::SlotInUse, what));
+    }
     let stream = ReplicationStream::start(
         &settings.postgres,
         &settings.slot,
@@ -103,8 +112,7 @@ pub(crate) fn take_slot(
             let partitions = publication::partitions(&mut connection, settings)?;
             Ok((stream, system, position, partitions))
         }
-        // What the server refuses in few words, a look at the slot explains; and one that is in use may be
-        // another database's, which would never become ours.
+        // What the server refuses in few words, a look at the slot explains.
         Err(e) if e.kind != Kind::PostgresAway => slot::verify(&mut connection, settings).and(Err(e)),
         Err(e) => Err(e),
     }

@@ -71,6 +71,13 @@ pub(crate) fn for_socket(socket: BorrowedFd<'_>, write: bool, timeout: Duration)
     wait_on(&mut [PollFd::new(&socket.as_fd(), interest)], timeout);
 }
 
+/// Whether the other side has closed the connection, however much is still to be read.
+pub(crate) fn is_closed(socket: BorrowedFd<'_>) -> bool {
+    let mut fds = [PollFd::from_borrowed_fd(socket, PollFlags::RDHUP)];
+    wait_on(&mut fds, Duration::ZERO);
+    fds[0].revents().intersects(PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR)
+}
+
 fn wait_on(fds: &mut [PollFd<'_>], timeout: Duration) {
     let timeout = Timespec {
         tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),

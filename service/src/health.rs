@@ -38,6 +38,11 @@ impl Health {
         self.set(true, state, String::new());
     }
 
+    /// The service does its work, and what else a reader should know.
+    pub fn ready_with(&self, state: &str, detail: impl Into<String>) {
+        self.set(true, state, detail.into());
+    }
+
     /// The service runs but cannot do its work, and why.
     pub fn not_ready(&self, state: &str, detail: impl Into<String>) {
         self.set(false, state, detail.into());

@@ -19,10 +19,15 @@ use super::{
     transport::Transport,
     wire::Wire,
 };
-use crate::error::{Error, Kind};
+use crate::{
+    error::{Error, Kind},
+    shared::instance,
+};
 
-/// What `pg_stat_activity` and `pg_stat_replication` call us.
+/// What `pg_stat_activity` and `pg_stat_replication` call us begins with this; then come `/HOST/PID`.
 pub(crate) const APPLICATION_NAME: &str = "cdc-relay";
+/// Postgres' limit on it, in bytes (`NAMEDATALEN` - 1); it would cut off the process id.
+const APPLICATION_NAME_MAX_BYTES: usize = 63;
 
 /// What a connection is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,10 +49,11 @@ pub(super) fn connect(
     let transport = Transport::connect(host, timeout).map_err(io)?;
     transport.set_timeout(timeout).map_err(io)?;
     let mut wire = Wire::new(secure(transport, info, host)?);
+    let name = application_name(&instance());
     let mut parameters = vec![
         ("user", info.user.as_str()),
         ("database", info.database.as_str()),
-        ("application_name", APPLICATION_NAME),
+        ("application_name", &name),
         ("client_encoding", "UTF8"),
     ];
     if purpose == Purpose::Replication {
@@ -74,6 +80,16 @@ pub(super) fn connect(
             other => return Err(unexpected(other)),
         }
     }
+}
+
+/// Of a long instance the end: the names of containers differ there.
+fn application_name(instance: &str) -> String {
+    let room = APPLICATION_NAME_MAX_BYTES - APPLICATION_NAME.len() - 1;
+    let mut start = instance.len().saturating_sub(room);
+    while !instance.is_char_boundary(start) {
+        start += 1;
+    }
+    format!("{APPLICATION_NAME}/{}", &instance[start..])
 }
 
 /// Asks for TLS where `sslmode` wants it

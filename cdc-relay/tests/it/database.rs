@@ -47,10 +47,19 @@ pub(crate) fn unique() -> String {
     uuid::Uuid::now_v7().simple().to_string().split_off(12)
 }
 
+/// What inserts `count` rows as [`Database::insert`] says.
+pub(crate) fn counted(kind: &str, first: usize, count: usize) -> String {
+    format!(
+        "DO $$ BEGIN FOR n IN {first}..{} LOOP INSERT INTO outbox VALUES (gen_random_uuid(), '{kind}', 'a' || n % 10, \
+         'Counted', json_build_object('n', n)); COMMIT; END LOOP; END $$",
+        first + count - 1
+    )
+}
+
 pub(crate) struct Database {
     pub(crate) runtime: Runtime,
     connection: PgConnection,
-    options: PgConnectOptions,
+    pub(crate) options: PgConnectOptions,
     pub(crate) servers: Servers,
     /// The database's and the role's name, and the role's password.
     pub(crate) name: String,
@@ -119,11 +128,7 @@ impl Database {
     /// Inserts `count` rows of aggregate type `kind`, each its own transaction, over ten aggregates; the payload
     /// counts them from `first`.
     pub(crate) fn insert(&mut self, kind: &str, first: usize, count: usize) {
-        self.run(&format!(
-            "DO $$ BEGIN FOR n IN {first}..{} LOOP INSERT INTO outbox VALUES (gen_random_uuid(), '{kind}', 'a' || n % 10, \
-             'Counted', json_build_object('n', n)); COMMIT; END LOOP; END $$",
-            first + count - 1
-        ));
+        self.run(&counted(kind, first, count));
     }
 
     /// Log from the slot's confirmed LSN up to `lsn`, in bytes; not positive when it is confirmed.

@@ -1,14 +1,5 @@
-//! What needs servers of its own: a slot that is lost, a log beyond 4 GB, a network that is cut, rows of 20 MB,
-//! transactions that take longer than the server waits.
-
-use std::{
-    io::{Read as _, Write as _},
-    net::{TcpListener, TcpStream},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-};
+//! What needs servers of its own: a slot that is lost, a log beyond 4 GB, rows of 20 MB, transactions that take
+//! longer than the server waits.
 
 use crate::{
     database::{Database, eventually},
@@ -73,67 +64,6 @@ fn a_log_that_crosses_4_gb_stays_in_order_and_is_confirmed() {
     database.insert(&topic.kind, rows + 10, 10);
     assert_eq!(assert_complete_and_ordered(&topic.read(rows + 20), rows + 20), 0);
     relay.stop();
-}
-
-/// Between a relay and its Postgres; cut, it swallows what either says, and closes nothing.
-struct Network {
-    port: u16,
-    is_cut: Arc<AtomicBool>,
-}
-
-impl Network {
-    fn to(port: u16) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let (here, is_cut) = (listener.local_addr().unwrap().port(), Arc::new(AtomicBool::new(false)));
-        let cut = Arc::clone(&is_cut);
-        std::thread::spawn(move || {
-            for client in listener.incoming().map_while(Result::ok) {
-                let Ok(server) = TcpStream::connect(("127.0.0.1", port)) else { continue };
-                for (from, to) in [(&client, &server), (&server, &client)] {
-                    let (mut from, mut to) = (from.try_clone().unwrap(), to.try_clone().unwrap());
-                    let cut = Arc::clone(&cut);
-                    std::thread::spawn(move || {
-                        let mut buffer = vec![0; 65_536];
-                        while let Ok(read @ 1..) = from.read(&mut buffer) {
-                            if !cut.load(Ordering::Relaxed) && to.write_all(&buffer[..read]).is_err() {
-                                return;
-                            }
-                        }
-                        if !cut.load(Ordering::Relaxed) {
-                            let _ = to.shutdown(std::net::Shutdown::Write);
-                        }
-                    });
-                }
-            }
-        });
-        Self { port: here, is_cut }
-    }
-}
-
-#[test]
-fn a_walsender_of_ours_that_a_cut_network_left_behind_is_waited_for() {
-    let stack = Stack::start("cut", &["--postgres-set", "wal_sender_timeout=5s"]);
-    let (mut database, topic) = (Database::on(&stack.servers), Topic::on(&stack.servers, 1, &[]));
-    init(&database);
-    let url = database.url();
-    let port = url.rsplit(':').next().and_then(|rest| rest.split('/').next()).unwrap();
-    let network = Network::to(port.parse().unwrap());
-    let through = url.replace(&format!(":{port}/"), &format!(":{}/", network.port));
-    let first = Relay::start(&database, &[("CDC_RELAY_POSTGRES__URL", &through)]);
-    database.insert(&topic.kind, 0, 100);
-    topic.read(100);
-    // As when its machine is gone: the server hears nothing more of it, not even its end.
-    network.is_cut.store(true, Ordering::Relaxed);
-    first.kill();
-    database.insert(&topic.kind, 100, 100);
-    let slot = database.slot.clone();
-    let held = format!("SELECT active::int::int8 FROM pg_replication_slots WHERE slot_name = '{slot}'");
-    assert_eq!(database.number(&held), 1, "the server has noticed already");
-    let mut second = Relay::spawn(&database, &[]);
-    second.wait_for_state("standby");
-    second.wait_for_state("streaming");
-    assert_complete_and_ordered(&topic.read(200), 200);
-    second.stop();
 }
 
 #[test]

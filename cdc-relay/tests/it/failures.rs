@@ -43,22 +43,6 @@ fn a_clean_stop_repeats_nothing() {
 }
 
 #[test]
-fn a_second_relay_stands_by_and_takes_over() {
-    let (mut database, topic) = (Database::new(), Topic::new(1, &[]));
-    init(&database);
-    let first = Relay::start(&database, &[]);
-    let mut second = Relay::spawn(&database, &[]);
-    second.wait_for_state("standby");
-    database.insert(&topic.kind, 0, 10);
-    topic.read(10);
-    first.kill();
-    second.wait_for_state("streaming");
-    database.insert(&topic.kind, 10, 10);
-    assert_complete_and_ordered(&topic.read(20), 20);
-    second.stop();
-}
-
-#[test]
 fn a_session_that_postgres_cuts_is_taken_up_again() {
     let (mut database, topic) = (Database::new(), Topic::new(2, &[]));
     init(&database);

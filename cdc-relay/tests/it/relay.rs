@@ -77,6 +77,15 @@ impl Relay {
         });
     }
 
+    /// The body of `/health/ready`.
+    pub(crate) fn health(&self) -> String {
+        self.get("/health/ready").unwrap_or_default()
+    }
+
+    pub(crate) fn is_streaming(&self) -> bool {
+        self.metric("cdc_relay_streaming") == Some(1.0)
+    }
+
     fn get(&self, path: &str) -> Option<String> {
         let agent: ureq::Agent = ureq::Agent::config_builder().http_status_as_error(false).build().into();
         agent.get(format!("{}{path}", self.url()?)).call().ok()?.body_mut().read_to_string().ok()
