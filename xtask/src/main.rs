@@ -2,6 +2,7 @@
 
 mod backoff;
 mod bench;
+mod chaos;
 mod cli;
 mod control;
 mod crew;
