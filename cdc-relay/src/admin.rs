@@ -42,6 +42,8 @@ pub(crate) struct Metrics {
     pub(crate) received_lsn: Gauge,
     pub(crate) confirmed_lsn: Gauge,
     pub(crate) sessions: Counter,
+    pub(crate) transactions: Counter,
+    pub(crate) passed_over: Counter,
     pub(crate) streaming: Gauge,
     pub(crate) standby: Gauge,
     pub(crate) kafka_up: Gauge,
@@ -89,6 +91,16 @@ impl Metrics {
             "Position in the log up to which everything is in Kafka, as a number",
             self.confirmed_lsn.clone(),
         );
+        r.register(
+            "kafka_transactions",
+            "Transactions that Kafka has committed; with exactly-once delivery only",
+            self.transactions.clone(),
+        );
+        r.register(
+            "passed_over_rows",
+            "Rows that were read again and are published already; with exactly-once delivery only",
+            self.passed_over.clone(),
+        );
         r.register("sessions", "Replication sessions started", self.sessions.clone());
         r.register("streaming", "1 while this relay holds the slot and streams", self.streaming.clone());
         r.register("standby", "1 while another process holds the slot", self.standby.clone());
@@ -97,6 +109,11 @@ impl Metrics {
             "1 while this relay stands by, for whoever holds the slot, as far as the server tells",
             self.holder.clone(),
         );
+        self.register_outside(r);
+    }
+
+    /// What concerns the servers, and what went wrong.
+    fn register_outside(&self, r: &mut Registry) {
         r.register("kafka_up", "0 while no broker can be reached", self.kafka_up.clone());
         r.register("postgres_up", "0 while the monitor cannot ask Postgres", self.postgres_up.clone());
         r.register(

@@ -1,11 +1,13 @@
 //! The relay's configuration: parsed, checked and turned into what the parts need before anything starts.
 
+mod delivery;
 mod outbox;
 
 use std::{collections::BTreeMap, time::Duration};
 
 use relay_core::{
     poison::{self, Policies, Policy},
+    relay::Delivery,
     route::is_legal_topic,
     source,
 };
@@ -16,7 +18,10 @@ use service::{
     logs::LogConfig,
 };
 
-use self::outbox::{CloudEventsConfig, MessagesConfig, OutboxConfig, RouteConfig};
+use self::{
+    delivery::{DeliveryName, TransactionsConfig},
+    outbox::{CloudEventsConfig, MessagesConfig, OutboxConfig, RouteConfig},
+};
 use crate::replication::conninfo::ConnInfo;
 
 /// `config example` prints this; a test holds it equal to the defaults.
@@ -35,6 +40,7 @@ pub(crate) struct Config {
     pub(crate) route: RouteConfig,
     pub(crate) cloudevents: CloudEventsConfig,
     pub(crate) kafka: KafkaConfig,
+    pub(crate) transactions: TransactionsConfig,
     pub(crate) poison: PoisonConfig,
     pub(crate) limits: LimitsConfig,
     pub(crate) http: HttpConfig,
@@ -59,6 +65,7 @@ pub(crate) struct PostgresConfig {
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct KafkaConfig {
     pub(crate) brokers: String,
+    pub(crate) delivery: DeliveryName,
     pub(crate) checkpoint_topic: String,
     /// Some of them are secrets, such as `sasl.password`.
     pub(crate) properties: BTreeMap<String, Secret>,
@@ -122,6 +129,7 @@ impl Default for KafkaConfig {
     fn default() -> Self {
         Self {
             brokers: "127.0.0.1:9092".into(),
+            delivery: DeliveryName::default(),
             checkpoint_topic: "cdc-relay-checkpoints".into(),
             properties: BTreeMap::new(),
         }
@@ -187,6 +195,9 @@ pub(crate) struct Settings {
     pub(crate) silence_limit: Duration,
     /// None: try for ever, visibly.
     pub(crate) give_up_after: Option<Duration>,
+    pub(crate) delivery: Delivery,
+    /// Kafka ends a transaction by itself that is open for so long.
+    pub(crate) transaction_timeout: Duration,
     pub(crate) source: source::Options,
     pub(crate) policies: Policies,
     pub(crate) dead_letter_topic: String,
@@ -237,6 +248,8 @@ impl Config {
         if !(64 * 1024..=1 << 30).contains(&self.limits.in_flight_bytes) {
             return Err(bad("limits.in_flight_bytes", "must be 65536 (64 KiB) to 1073741824 (1 GiB)".into()));
         }
+        let delivery = self.transactions.check(self.kafka.delivery);
+        let (delivery, transaction_timeout) = delivery.map_err(|(key, why)| bad(key, why))?;
         check_properties(&self.kafka.properties)?;
         for (key, topic) in [
             ("kafka.checkpoint_topic", &self.kafka.checkpoint_topic),
@@ -263,6 +276,8 @@ impl Config {
                 1,
             )?,
             give_up_after: (!give_up.is_zero()).then_some(give_up),
+            delivery,
+            transaction_timeout,
             source,
             policies: self.poison.policies(),
             dead_letter_topic: self.poison.dead_letter_topic,
@@ -290,7 +305,7 @@ fn check_slot_name(name: &str) -> Result<(), String> {
 }
 
 /// Settings of librdkafka that would break a promise, and which.
-const REFUSED_PROPERTIES: [(&str, &str); 19] = [
+const REFUSED_PROPERTIES: [(&str, &str); 20] = [
     ("bootstrap.servers", "set kafka.brokers"),
     ("metadata.broker.list", "set kafka.brokers"),
     ("acks", "the relay confirms only what all in-sync replicas have"),
@@ -307,6 +322,7 @@ const REFUSED_PROPERTIES: [(&str, &str); 19] = [
     ("queue.buffering.max.kbytes", "set limits.in_flight_bytes"),
     ("delivery.report.only.error", "without reports nothing could be confirmed"),
     ("transactional.id", "the delivery mode decides it"),
+    ("transaction.timeout.ms", "set transactions.timeout_seconds"),
     ("queuing.strategy", "records are sent in commit order"),
     ("test.mock.num.brokers", "nothing would reach a real broker"),
     ("allow.auto.create.topics", "topics are created on purpose, with their partitions and replication"),

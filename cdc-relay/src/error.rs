@@ -14,6 +14,10 @@ pub(crate) enum Kind {
     SlotInUse,
     /// Kafka gave up on a record, or the producer is broken: rewind with a new one.
     DeliveryFailed,
+    /// Kafka has ended our transaction, or gave our transactional id to another producer: rewind with a new one.
+    Fenced,
+    /// A row halts in the midst of a Kafka transaction: rewind, and commit what is before it first.
+    Entangled,
     /// Kafka refused a batch of several records as too large: rewind, and send smaller ones.
     BatchTooLarge,
     /// Kafka refused a batch of several records for what one of them is: rewind, and send them one by one.
@@ -49,6 +53,8 @@ impl Kind {
         match self {
             Self::PostgresAway
             | Self::DeliveryFailed
+            | Self::Fenced
+            | Self::Entangled
             | Self::BatchTooLarge
             | Self::BatchRefused
             | Self::RecordRefused => Policy::Retry,
@@ -67,6 +73,8 @@ impl Kind {
             Self::PostgresAway => "postgres_away",
             Self::SlotInUse => "slot_in_use",
             Self::DeliveryFailed => "delivery_failed",
+            Self::Fenced => "fenced",
+            Self::Entangled => "entangled",
             Self::BatchTooLarge => "batch_too_large",
             Self::BatchRefused => "batch_refused",
             Self::RecordRefused => "record_refused",
@@ -203,6 +211,11 @@ impl From<relay_core::relay::Halt> for Error {
             Halt::Stream(StreamError::UnderPartition { .. }) => error.hint(UNDER_PARTITION_HINT),
             Halt::Stream(_) => error.hint(
                 "this is a bug, or the server is not PostgreSQL 15 to 18: please report it with this message",
+            ),
+            Halt::AnotherLog { .. } => error.hint(
+                "it was restored from a backup, perhaps, and has written something else since. Nothing of it is published: \
+                 consumers have events that this database never had, and what it has in their place would be taken for \
+                 published. `cdc-relay accept-gap --from-slot` goes on from the slot's confirmed LSN",
             ),
             Halt::UnknownTicket(_) => Self { kind: Kind::Internal, ..error },
         }

@@ -13,6 +13,7 @@ mod refusal;
 mod reports;
 mod size;
 mod topics;
+mod transactions;
 mod trust;
 
 use std::{
@@ -36,12 +37,14 @@ pub(crate) use self::{
     client::check,
     create::{NewTopic, create_topics},
     history::{History, Patience},
+    transactions::{Done, Transactional},
 };
 use self::{
     client::{client_config, compresses, not_taken},
     refusal::{Failed, batch_refused, is_consequence, poison, refused},
     reports::{CHECKPOINT, Context},
     topics::{Found, Lookup, Topic},
+    transactions::Coordinator,
 };
 use crate::{
     admin::Metrics,
@@ -64,6 +67,8 @@ const REFUSAL_LASTS: Duration = Duration::from_secs(5);
 const BATCH_BYTES: usize = 1_000_000;
 /// Below this many bytes, batches give way to single records.
 const BATCH_LEAST_BYTES: usize = 2_000;
+/// With transactions, records do not wait for others: the transaction does.
+const TRANSACTIONAL_LINGER_MS: &str = "1";
 
 /// How much goes into one batch of records. Kafka refuses a batch that is larger than its topic's
 /// `max.message.bytes`, although each record of it may fit, and librdkafka does not split it.
@@ -129,6 +134,10 @@ pub(crate) struct Producer {
     poller: Option<JoinHandle<()>>,
     topics: HashMap<String, Known>,
     lookup: Lookup,
+    /// None: without transactions.
+    coordinator: Option<(Coordinator, Transactional)>,
+    /// Whether a transaction has been begun.
+    in_transaction: bool,
     /// The topic that was asked about, and for which record.
     asked: Option<(String, Ticket)>,
     /// Since it was last asked.
@@ -142,9 +151,16 @@ impl Producer {
         batch: Batch,
         waker: Waker,
         metrics: Metrics,
+        transactional: Option<Transactional>,
     ) -> Result<Self, Error> {
         let mut client = client_config(config);
         let for_lookup = client.clone();
+        if let Some(Transactional { id, timeout }) = &transactional {
+            client.set("transactional.id", id).set("transaction.timeout.ms", timeout.as_millis().to_string());
+            if !config.properties.contains_key("linger.ms") {
+                client.set("linger.ms", TRANSACTIONAL_LINGER_MS);
+            }
+        }
         match batch {
             Batch::Configured => {}
             Batch::UpToBytes(bytes) => drop(client.set("batch.size", bytes.to_string())),
@@ -162,7 +178,13 @@ impl Producer {
         let poller = std::thread::Builder::new().name("kafka-poll".into()).spawn(poll);
         let poller = poller.map_err(|e| Error::new(Kind::Internal, format!("cannot start a thread: {e}")))?;
         let lookup = Lookup::start(Arc::clone(&inner), for_lookup)?;
+        let coordinator = match transactional {
+            Some(own) => Some((Coordinator::start(Arc::clone(&inner), own.id.clone())?, own)),
+            None => None,
+        };
         Ok(Self {
+            coordinator,
+            in_transaction: false,
             inner,
             config: config.clone(),
             batch,
@@ -174,6 +196,50 @@ impl Producer {
             asked: None,
             enqueued: 0,
         })
+    }
+
+    /// Takes our transactional id for this producer alone; [`take_done`](Self::take_done) says when. Nothing may be
+    /// handed over before.
+    pub(crate) fn fence(&self) {
+        if let Some((coordinator, _)) = &self.coordinator {
+            coordinator.fence();
+        }
+    }
+
+    /// Commits the transaction that is open, of which everything is acknowledged; [`take_done`](Self::take_done) says
+    /// when. Nothing may be handed over before.
+    pub(crate) fn commit(&self) {
+        if let Some((coordinator, _)) = &self.coordinator {
+            coordinator.commit();
+        }
+    }
+
+    /// What the transactions' coordinator has carried out since the last call.
+    ///
+    /// # Errors
+    /// The transaction failed, or is not ours any more: this producer is of no more use.
+    pub(crate) fn take_done(&mut self) -> Result<Option<Done>, Error> {
+        let Some((coordinator, _)) = &self.coordinator else { return Ok(None) };
+        let done = coordinator.result().transpose()?;
+        if done == Some(Done::Committed) {
+            self.in_transaction = false;
+        }
+        if done.is_some() {
+            self.inner.context().up();
+        }
+        Ok(done)
+    }
+
+    /// What is sent from now on belongs to a transaction, where there are any.
+    fn begin(&mut self) -> Result<(), Error> {
+        if let Some((_, own)) = &self.coordinator
+            && !self.in_transaction
+        {
+            let not_begun = |e| transactions::failed(&e, &own.id);
+            self.inner.begin_transaction().map_err(not_begun)?;
+            self.in_transaction = true;
+        }
+        Ok(())
     }
 
     /// Hands a record over, which is copied if it is taken.
@@ -264,6 +330,7 @@ impl Producer {
     }
 
     fn enqueue(&mut self, record: &Record<'_>, ticket: Ticket) -> Result<Offer, Error> {
+        self.begin()?;
         let mut headers = OwnedHeaders::new_with_capacity(record.headers.len());
         for (key, value) in record.headers.iter() {
             headers = headers.insert(Header { key, value });
@@ -288,7 +355,8 @@ impl Producer {
     }
 
     /// Writes one of the relay's own entries; the checkpoint's has no ticket.
-    pub(crate) fn write(&self, entry: &Entry, ticket: Option<Ticket>) -> Result<(), Error> {
+    pub(crate) fn write(&mut self, entry: &Entry, ticket: Option<Ticket>) -> Result<(), Error> {
+        self.begin()?;
         let opaque = ticket.and_then(|t| usize::try_from(t.0).ok()).unwrap_or(CHECKPOINT);
         let mut message = BaseRecord::<str, [u8], _>::with_opaque_to(&entry.topic, opaque).key(&entry.key);
         message.payload = entry.value.as_deref();
@@ -324,7 +392,7 @@ impl Producer {
         let mut reports = context.reports();
         std::mem::swap(&mut reports.acknowledged, into);
         let checkpointed = std::mem::take(&mut reports.checkpointed);
-        let failed = reports.failed.is_some();
+        let failed = reports.failed.is_some() || reports.is_transaction_broken;
         drop(reports);
         if failed {
             return Err(self.why_it_failed());
@@ -360,7 +428,15 @@ impl Producer {
             let reports = self.inner.context().reports();
             (reports.failed.clone(), reports.refused)
         };
-        let Some(failed) = failed else { return Error::new(Kind::Internal, "a failure without a report") };
+        let id = self.coordinator.as_ref().map(|(_, own)| own.id.as_str());
+        if let Some(why) =
+            id.and_then(|id| transactions::why(&self.inner, id)).filter(|e| e.kind != Kind::DeliveryFailed)
+        {
+            return why;
+        }
+        let Some(failed) = failed else {
+            return Error::new(Kind::DeliveryFailed, "Kafka's transaction is broken, and no record says why");
+        };
         match self.inner.client().fatal_error() {
             // A fatal error of its own, such as a refused producer id, comes without a report of a record.
             Some((code, reason))

@@ -13,7 +13,7 @@ use std::{
 
 use chrono::{SecondsFormat, Utc};
 use rdkafka::Message as _;
-use relay_core::{Lsn, parking::Key, record::Identity};
+use relay_core::{Lsn, checkpoint::Mark, parking::Key, record::Identity};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -29,8 +29,11 @@ pub(crate) struct Checkpoint {
     /// As `X/Y`: the end LSN of a transaction, or the end of the log at a time when nothing was in flight.
     #[serde(with = "lsn_text")]
     pub(crate) lsn: Lsn,
-    /// How many changes behind `lsn` are settled as well: always 0, whole transactions only.
+    /// How many changes behind `lsn`, of the transaction `last`, are settled as well: 0 with at-least-once delivery.
     pub(crate) seq: u64,
+    /// The last transaction that is settled, as a whole or in part; not told with at-least-once delivery.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) last: Option<Last>,
     /// Counts the times that a gap was accepted: a checkpoint of a later generation supersedes those before it, whatever
     /// their LSNs.
     #[serde(default)]
@@ -40,8 +43,31 @@ pub(crate) struct Checkpoint {
     /// Who wrote it: host and process id.
     pub(crate) instance: String,
     pub(crate) publication: String,
+    /// Whether the stream had what `pg_logical_emit_message` wrote, too: it counts in the ordinals.
+    #[serde(default)]
+    pub(crate) messages: bool,
     /// When, RFC 3339.
     pub(crate) at: String,
+}
+
+/// A transaction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Last {
+    #[serde(with = "lsn_text")]
+    commit_lsn: Lsn,
+    /// In microseconds since 2000-01-01.
+    committed_at_us: i64,
+}
+
+impl Checkpoint {
+    /// The position that it tells.
+    pub(crate) fn position(&self) -> relay_core::Checkpoint {
+        let Self { lsn, seq, last, .. } = *self;
+        let part = last.filter(|_| seq > 0).map(|last| Identity { commit_lsn: last.commit_lsn, seq });
+        let mark = |Last { commit_lsn, committed_at_us }| Mark { commit_lsn, committed_at_us };
+        relay_core::Checkpoint { lsn, part, last: last.map(mark) }
+    }
 }
 
 /// A parked aggregate.
@@ -68,6 +94,11 @@ impl Owner {
     /// Its entries' keys begin with this, and its dead letters carry it as `dlq.source`.
     pub(crate) fn key(&self) -> String {
         format!("{}/{}", self.system, self.slot)
+    }
+
+    /// The `transactional.id` of the relay that has the slot.
+    pub(crate) fn transactional_id(&self) -> String {
+        format!("cdc-relay-{}-{}", self.system, self.slot)
     }
 }
 
@@ -139,7 +170,8 @@ pub(crate) fn read_parked(
 /// Whether the checkpoint that comes later in the topic is the later one. A relay that lost its slot while it was
 /// frozen may still write one when it wakes, after its successor's.
 fn supersedes(earlier: &[u8], later: &[u8]) -> bool {
-    let order = |value| serde_json::from_slice::<Checkpoint>(value).ok().map(|c| (c.generation, c.lsn));
+    let order =
+        |value| serde_json::from_slice::<Checkpoint>(value).ok().map(|c| (c.generation, c.lsn, c.seq));
     match (order(earlier), order(later)) {
         (Some(earlier), Some(later)) => later >= earlier,
         // One that cannot be read must not be hidden.
@@ -245,14 +277,17 @@ impl Writer {
         Self { owner, timeline, generation: 0, instance: instance() }
     }
 
-    pub(crate) fn checkpoint(&self, settings: &Settings, lsn: Lsn) -> Entry {
+    pub(crate) fn checkpoint(&self, settings: &Settings, position: relay_core::Checkpoint) -> Entry {
+        let relay_core::Checkpoint { lsn, part, last } = position;
         let checkpoint = Checkpoint {
             lsn,
-            seq: 0,
+            seq: part.map_or(0, |part| part.seq),
+            last: last.map(|Mark { commit_lsn, committed_at_us }| Last { commit_lsn, committed_at_us }),
             generation: self.generation,
             timeline: self.timeline,
             instance: self.instance.clone(),
             publication: settings.publication.clone(),
+            messages: settings.source.messages.is_some(),
             at: now(),
         };
         entry(&settings.kafka.checkpoint_topic, self.owner.key(), Some(&checkpoint))

@@ -1,6 +1,7 @@
 //! `cdc-relay`: streams the inserts of an outbox table from a Postgres logical replication slot to Kafka.
 
 mod admin;
+mod ahead;
 mod cli;
 mod config;
 mod diversions;

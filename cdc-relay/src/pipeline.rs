@@ -10,13 +10,20 @@ use std::{
     time::{Duration, Instant},
 };
 
-use relay_core::{Lsn, Relay, poison::Poison, progress::Ticket, record::Identity, relay::Past};
+use relay_core::{
+    Lsn, Relay,
+    poison::Poison,
+    progress::Ticket,
+    record::Identity,
+    relay::{Delivery, Past},
+};
 
 use crate::{
+    ahead::Ahead,
     diversions::Diversions,
     dlq::redrive::{Hands, Progress, Redrive},
     error::{Error, Kind},
-    kafka::{Offer, Producer},
+    kafka::{Done, Offer, Producer, Transactional},
     ledger::{Owner, Reader, Writer},
     position::{self, System},
     replication::{
@@ -61,9 +68,15 @@ struct Session<'a> {
     pending: Option<(Ticket, Vec<u8>)>,
     /// While one is under way, input may be paused.
     redrive: Option<Redrive>,
+    /// Read while one of Kafka's transactions is committed.
+    ahead: Ahead,
+    ahead_limit_bytes: usize,
+    /// See [`Memory::apart`].
+    apart: Option<Lsn>,
     /// Scratch for acknowledgements.
     acknowledged: Vec<Ticket>,
     ignored_before: u64,
+    passed_over_before: u64,
     pace: Pace,
     /// When the last round began.
     last_round: Duration,
@@ -98,6 +111,11 @@ pub(crate) fn session(shared: &Shared, wakeups: &Wakeups, memory: &mut Memory) -
             }
             result = match result {
                 Ok(()) => session.finish(),
+                Err(e) if e.kind == Kind::Halted && session.relay.entangled().is_some() => {
+                    memory.apart = session.relay.entangled();
+                    let what = format!("what was committed before this is published first: {e}");
+                    Err(Error::new(Kind::Entangled, what))
+                }
                 Err(e) if e.kind == Kind::Halted => {
                     session.settle_before_halt();
                     // How this ends changes nothing about the halt.
@@ -116,9 +134,21 @@ fn begin<'a>(shared: &'a Shared, wakeups: &'a Wakeups, memory: &mut Memory) -> R
     let (stream, system, position, partitions) = take_slot(settings)?;
     memory.refused.retain(|row, _| row.commit_lsn >= position.confirmed);
     let owner = Owner { system: system.identifier.clone(), slot: settings.slot.clone() };
-    let reader = Reader::start(shared, owner.clone())?;
-    let producer =
-        Producer::new(&settings.kafka, memory.batch, shared.waker.clone(), shared.metrics.clone())?;
+    let sizes = match settings.delivery {
+        Delivery::AtLeastOnce => None,
+        Delivery::ExactlyOnce(sizes) => Some(sizes),
+    };
+    let transactional =
+        sizes.map(|_| Transactional { id: owner.transactional_id(), timeout: settings.transaction_timeout });
+    let (waker, metrics) = (shared.waker.clone(), shared.metrics.clone());
+    let producer = Producer::new(&settings.kafka, memory.batch, waker, metrics, transactional)?;
+    // What a producer before ours has committed is known only once it can commit no more.
+    let reader = if sizes.is_some() {
+        producer.fence();
+        None
+    } else {
+        Some(Reader::start(shared, owner.clone())?)
+    };
     let options = relay_options(settings, &owner, &position, partitions);
     shared.postgres_stops.store(false, Ordering::Relaxed);
     shared.metrics.sessions.inc();
@@ -134,14 +164,18 @@ fn begin<'a>(shared: &'a Shared, wakeups: &'a Wakeups, memory: &mut Memory) -> R
         confirmed_at_start: position.confirmed,
         producer,
         relay: Relay::new(options, position.confirmed, Duration::ZERO),
-        reader: Some(reader),
+        reader,
         is_admitted: false,
         diversions: Diversions::new(shared.metrics.clone()),
         refused: memory.refused.clone(),
         pending: None,
         redrive: None,
+        ahead: Ahead::default(),
+        ahead_limit_bytes: sizes.map_or(0, |sizes| sizes.bytes),
+        apart: memory.apart,
         acknowledged: Vec::new(),
         ignored_before: 0,
+        passed_over_before: 0,
         pace: Pace::new(),
         last_round: Duration::ZERO,
         postgres_stops_since: None,
@@ -163,6 +197,7 @@ impl Session<'_> {
             self.wake_up()?;
             self.admit()?;
             self.settle()?;
+            self.relay.set_hurry(self.hurries());
             self.keep_position()?;
             if self.shared.stopping() {
                 let since = *draining.get_or_insert_with(|| self.now());
@@ -177,13 +212,17 @@ impl Session<'_> {
             let wanted =
                 !self.lets_postgres_stop()? && (!self.pauses(draining) || self.relay.is_in_transaction());
             let read = wanted && self.pending.is_none() && self.relay.wants_input();
-            self.relay.set_listening(read, self.now());
+            let ahead = wanted && self.relay.is_committing() && self.ahead.bytes() < self.ahead_limit_bytes;
+            self.relay.set_listening(read || ahead, self.now());
             let mut progressed = if read { self.read()? } else { self.retry_pending()? };
+            if ahead {
+                progressed |= self.read_ahead()?;
+            }
             progressed |= self.redrive(draining.is_some())?;
             self.keep_parking()?;
             self.tell();
             if !progressed {
-                self.wait(read);
+                self.wait(read || ahead);
             }
         }
     }
@@ -203,17 +242,26 @@ impl Session<'_> {
         let Some(ledger) = self.reader.as_ref().and_then(Reader::take) else { return Ok(()) };
         self.reader = None;
         let ledger = ledger?;
-        let checkpoint = position::judge(&ledger, self.confirmed_at_start, &self.system)?;
+        let mut checkpoint = position::judge(&ledger, self.confirmed_at_start, &self.system)?;
+        if self.relay.is_exactly_once() {
+            checkpoint = position::resume(&ledger, &self.shared.settings)?;
+        }
         self.writer.generation = ledger.generation();
-        let past = Past { checkpoint, refused: std::mem::take(&mut self.refused), parked: ledger.parked };
+        let refused = std::mem::take(&mut self.refused);
+        let past = Past { checkpoint, refused, parked: ledger.parked, apart: self.apart };
         self.relay.recall(past);
         self.is_admitted = true;
         self.shared.metrics.streaming.set(1);
         self.shared.health.ready("streaming");
         self.shared.redrives.open(self.writer.owner.key());
         let (slot, confirmed) = (&self.shared.settings.slot, self.confirmed_at_start);
-        tracing::info!(slot, confirmed_lsn = %confirmed, checkpoint_lsn = %checkpoint, "streaming");
+        tracing::info!(slot, confirmed_lsn = %confirmed, checkpoint_lsn = %checkpoint.lsn, "streaming");
         Ok(())
+    }
+
+    /// Whether somebody waits until everything is settled.
+    fn hurries(&self) -> bool {
+        self.shared.stopping() || self.postgres_stops_since.is_some() || self.redrive.is_some()
     }
 
     /// Whether no new transaction is read.
@@ -248,8 +296,11 @@ impl Session<'_> {
 
     /// Writes down in Kafka what is settled, before Postgres is told.
     fn keep_position(&mut self) -> Result<(), Error> {
-        if let Some(lsn) = self.relay.take_checkpoint(self.now()) {
-            self.producer.write(&self.writer.checkpoint(&self.shared.settings, lsn), None)?;
+        if let Some(checkpoint) = self.relay.take_checkpoint(self.now()) {
+            self.producer.write(&self.writer.checkpoint(&self.shared.settings, checkpoint), None)?;
+        }
+        if self.relay.take_commit() {
+            self.producer.commit();
         }
         Ok(())
     }
@@ -272,7 +323,8 @@ impl Session<'_> {
                 "Postgres shuts down, and Kafka has not acknowledged what is in flight in time",
             ));
         }
-        Ok(self.pending.is_some() || self.relay.progress().in_flight_records() > 0)
+        // A transaction that is read in part would hold up what Kafka's has of those before it.
+        Ok(self.pending.is_some() || !self.relay.is_settled() && !self.relay.is_in_transaction())
     }
 
     /// Takes what Kafka has acknowledged.
@@ -280,14 +332,24 @@ impl Session<'_> {
         if self.producer.take_reports(&mut self.acknowledged)? {
             self.relay.handle_checkpointed();
         }
+        let mut is_delivered = !self.acknowledged.is_empty();
+        match self.producer.take_done()? {
+            Some(Done::Fenced) => self.reader = Some(Reader::start(self.shared, self.writer.owner.clone())?),
+            Some(Done::Committed) => {
+                self.relay.handle_committed();
+                self.shared.metrics.transactions.inc();
+                is_delivered = true;
+            }
+            None => {}
+        }
         let now = self.now();
         for ticket in &self.acknowledged {
             self.relay.handle_settled(*ticket)?;
         }
         self.shared.metrics.acknowledged.inc_by(self.acknowledged.len() as u64);
         let idle = self.is_admitted && self.pending.is_none() && self.relay.is_at_rest();
-        self.is_well |= !self.acknowledged.is_empty() || (idle && now >= WELL_AFTER);
-        if !self.acknowledged.is_empty() || idle {
+        self.is_well |= is_delivered || (idle && now >= WELL_AFTER);
+        if is_delivered || idle {
             self.waiting_since = now;
         }
         let waited = now.saturating_sub(self.waiting_since);
@@ -321,7 +383,11 @@ impl Session<'_> {
         // The time of the read: what one read brings is handled in a few milliseconds.
         let mut now = self.now();
         for _ in 0..EVENTS_PER_ROUND {
-            match self.stream.next_event()? {
+            let event = match self.ahead.take() {
+                Some(event) => Some(event),
+                None => self.stream.next_event()?,
+            };
+            match event {
                 None => {
                     if !self.stream.fill()? {
                         return Ok(self.pace.drained());
@@ -329,7 +395,7 @@ impl Session<'_> {
                     now = self.now();
                 }
                 Some(Event::Keepalive { wal_end, reply_requested }) => {
-                    self.relay.handle_keepalive(wal_end, reply_requested, now);
+                    self.relay.handle_keepalive(wal_end, reply_requested, now)?;
                 }
                 Some(Event::Wal { start, message }) => {
                     self.pace.message();
@@ -347,6 +413,26 @@ impl Session<'_> {
                 }
             }
             if !self.relay.wants_input() || now >= self.relay.next_deadline() {
+                break;
+            }
+        }
+        Ok(true)
+    }
+
+    /// Reads what the next of Kafka's transactions takes, and handles nothing of it. Whether there was anything.
+    fn read_ahead(&mut self) -> Result<bool, Error> {
+        let now = self.now();
+        for _ in 0..EVENTS_PER_ROUND {
+            let Some(event) = self.stream.next_event()? else {
+                return Ok(self.stream.fill()? || self.pace.drained());
+            };
+            let asks = matches!(event, Event::Keepalive { reply_requested: true, .. });
+            if matches!(event, Event::Wal { .. }) {
+                self.pace.message();
+            }
+            self.relay.hear(asks, now);
+            self.ahead.push(&event);
+            if self.ahead.bytes() >= self.ahead_limit_bytes {
                 break;
             }
         }
@@ -397,12 +483,19 @@ impl Session<'_> {
     fn settle_before_halt(&mut self) {
         self.pending = None;
         self.relay.set_listening(false, self.now());
+        if self.relay.is_exactly_once() && self.relay.is_in_transaction() {
+            // What is open is of its transaction alone, and is left to be forgotten.
+            return;
+        }
+        self.relay.set_hurry(true);
         let until = self.now() + self.shared.settings.drain_grace;
         // The row itself may be in flight to us and unknown to the producer, so the producer is asked.
         loop {
             // A second failure says no more than the first.
             let kept = self.settle().and_then(|()| self.keep_position()).and_then(|()| self.feed_back());
-            let done = self.producer.is_empty() && (!self.is_admitted || self.relay.is_covered());
+            let is_committed = !self.relay.is_exactly_once() || self.relay.is_settled();
+            let done =
+                self.producer.is_empty() && (!self.is_admitted || self.relay.is_covered() && is_committed);
             if kept.is_err() || done || self.now() >= until {
                 return;
             }
@@ -446,6 +539,9 @@ impl Session<'_> {
         let ignored = self.relay.ignored_changes();
         metrics.ignored_changes.inc_by(ignored - self.ignored_before);
         self.ignored_before = ignored;
+        let passed_over = self.relay.passed_over();
+        metrics.passed_over.inc_by(passed_over - self.passed_over_before);
+        self.passed_over_before = passed_over;
         let enqueued = self.producer.take_enqueued();
         metrics.records.inc_by(enqueued);
         for diversion in self.relay.take_diversions() {

@@ -9,6 +9,7 @@ use std::fmt;
 use relay_core::Lsn;
 
 use crate::{
+    config::Settings,
     error::{Error, Kind},
     ledger::{Checkpoint, Ledger},
 };
@@ -40,23 +41,58 @@ pub(crate) enum Doubt {
 }
 
 /// Compares the two.
-pub(crate) fn judge(ledger: &Ledger, confirmed: Lsn, system: &System) -> Result<Lsn, Doubt> {
-    let Some(Checkpoint { lsn: checkpoint, timeline, .. }) = &ledger.checkpoint else {
+pub(crate) fn judge(
+    ledger: &Ledger,
+    confirmed: Lsn,
+    system: &System,
+) -> Result<relay_core::Checkpoint, Doubt> {
+    let Some(entry @ Checkpoint { lsn: checkpoint, timeline, .. }) = &ledger.checkpoint else {
         let others = ledger.others.iter().map(|(system, c)| (system.clone(), c.lsn)).collect();
         return Err(Doubt::NoCheckpoint { others });
     };
-    let (checkpoint, timeline) = (*checkpoint, *timeline);
+    let (timeline, part) = (*timeline, entry.position().part);
+    // What is published in part lies behind it.
+    let published = part.map_or(*checkpoint, |part| part.commit_lsn);
+    let checkpoint = *checkpoint;
     let ended = system.switches.iter().find(|(ended, _)| *ended == timeline).map(|(_, at)| *at);
-    if let Some(ended) = ended.filter(|ended| checkpoint > *ended) {
-        return Err(Doubt::Diverged { checkpoint, timeline, ended });
+    if let Some(ended) = ended.filter(|ended| published > *ended) {
+        return Err(Doubt::Diverged { checkpoint: published, timeline, ended });
     }
-    if checkpoint > system.wal_end {
-        return Err(Doubt::LogBehind { checkpoint, wal_end: system.wal_end });
+    if published > system.wal_end {
+        return Err(Doubt::LogBehind { checkpoint: published, wal_end: system.wal_end });
     }
     if confirmed > checkpoint {
         return Err(Doubt::SlotAhead { checkpoint, confirmed });
     }
-    Ok(checkpoint)
+    Ok(entry.position())
+}
+
+/// What a session with exactly-once delivery goes on from.
+///
+/// # Errors
+/// Halted: a transaction is published in part, and now its changes would be counted otherwise.
+pub(crate) fn resume(ledger: &Ledger, settings: &Settings) -> Result<relay_core::Checkpoint, Error> {
+    let Some(entry) = &ledger.checkpoint else { return Ok(relay_core::Checkpoint::default()) };
+    let position = entry.position();
+    let is_same =
+        entry.publication == settings.publication && entry.messages == settings.source.messages.is_some();
+    match position.part {
+        Some(part) if !is_same => {
+            let what = format!(
+                "the transaction committed at {} is published up to its change {}, counted in publication {:?} {} messages",
+                part.commit_lsn,
+                part.seq,
+                entry.publication,
+                if entry.messages { "with" } else { "without" }
+            );
+            Err(Error::new(Kind::Halted, what).hint(
+                "start once with postgres.publication and messages.prefix as they were, until a checkpoint is behind it",
+            ))
+        }
+        // Which transaction comes last depends on them.
+        None if !is_same => Ok(position.lsn.into()),
+        _ => Ok(position),
+    }
 }
 
 impl fmt::Display for Doubt {
@@ -127,10 +163,12 @@ mod tests {
         let checkpoint = Checkpoint {
             lsn: Lsn(lsn),
             seq: 0,
+            last: None,
             generation: 0,
             timeline,
             instance: text("i"),
             publication: text("p"),
+            messages: false,
             at: text("t"),
         };
         Ledger { checkpoint: Some(checkpoint), ..Ledger::default() }
@@ -145,10 +183,10 @@ mod tests {
     #[test]
     fn a_slot_at_or_behind_the_checkpoint_is_good() {
         for confirmed in [1, 49, 50] {
-            assert_eq!(judge(&ledger(50, 1), Lsn(confirmed), &system(50, &[])), Ok(Lsn(50)));
+            assert_eq!(judge(&ledger(50, 1), Lsn(confirmed), &system(50, &[])), Ok(Lsn(50).into()));
         }
         // A standby that had everything was promoted.
-        assert_eq!(judge(&ledger(50, 1), Lsn(50), &system(90, &[(1, 50)])), Ok(Lsn(50)));
+        assert_eq!(judge(&ledger(50, 1), Lsn(50), &system(90, &[(1, 50)])), Ok(Lsn(50).into()));
     }
 
     #[test]

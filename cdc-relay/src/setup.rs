@@ -137,7 +137,7 @@ impl<'a> Desk<'a> {
         let owner = Owner { system: self.system.identifier.clone(), slot: self.settings.slot.clone() };
         let mut writer = Writer::new(owner, self.system.timeline);
         writer.generation = generation;
-        put(self.settings, &writer.checkpoint(self.settings, lsn))
+        put(self.settings, &writer.checkpoint(self.settings, lsn.into()))
     }
 }
 
@@ -169,7 +169,7 @@ fn make_topics(settings: &Settings) -> Result<Vec<(String, Made)>, Error> {
 fn put(settings: &Settings, entry: &Entry) -> Result<(), Error> {
     let internal = |e| Error::new(Kind::Internal, format!("cannot make a pipe: {e}"));
     let (waker, wakeups) = wait::pair().map_err(internal)?;
-    let producer = Producer::new(&settings.kafka, Batch::default(), waker, Metrics::default())?;
+    let mut producer = Producer::new(&settings.kafka, Batch::default(), waker, Metrics::default(), None)?;
     producer.write(entry, None)?;
     let (until, mut none) = (Instant::now() + KAFKA_TIMEOUT, Vec::new());
     while !producer.take_reports(&mut none)? {

@@ -1,11 +1,11 @@
 //! What a session starts from: the slot, the settings, and what earlier sessions left.
 
 use std::{
-    collections::{HashMap, HashSet},
-    time::Duration,
+    collections::{HashMap, HashSet, VecDeque},
+    time::{Duration, Instant},
 };
 
-use relay_core::{poison::Poison, record::Identity, relay::Options, source};
+use relay_core::{Lsn, poison::Poison, record::Identity, relay::Options, source};
 
 use crate::{
     config::{KafkaConfig, Settings},
@@ -22,6 +22,9 @@ use crate::{
 pub(crate) const STATUS_INTERVAL: Duration = Duration::from_secs(10);
 /// The most rows whose refusal is remembered: each costs a session, so that many are a sign of something else.
 const REFUSED_LIMIT: usize = 1000;
+/// How often our transactions may be ended by others within so long.
+const FENCED_LIMIT: usize = 5;
+const FENCED_WITHIN: Duration = Duration::from_mins(10);
 
 /// Schema and name of each partition of an outbox.
 type Partitions = HashSet<(String, String)>;
@@ -34,6 +37,10 @@ pub(crate) struct Memory {
     size_before: Option<Batch>,
     /// Rows that Kafka refused after they were enqueued.
     pub(crate) refused: HashMap<Identity, Poison>,
+    /// The transaction, by its commit LSN, that halts and is to be read with what is before it committed.
+    pub(crate) apart: Option<Lsn>,
+    /// When our transactions were ended by others, lately.
+    fenced: VecDeque<Instant>,
 }
 
 impl Memory {
@@ -50,6 +57,7 @@ impl Memory {
             }
             // The one is found that the others were refused for.
             Kind::RecordRefused => self.batch = self.size_before.take().unwrap_or(self.batch),
+            Kind::Fenced => self.learn_fenced(error)?,
             _ => {}
         }
         if let Some(refused) = &error.refused {
@@ -66,6 +74,25 @@ impl Memory {
     }
 }
 
+impl Memory {
+    /// The coordinator's time-out fences as a rival does, and a successor has the slot, too. So it is tried again, but
+    /// not for ever: two relays that each believe to have the slot would go on taking it from one another.
+    fn learn_fenced(&mut self, error: &Error) -> Result<(), Error> {
+        let now = Instant::now();
+        self.fenced.retain(|at| now.saturating_duration_since(*at) < FENCED_WITHIN);
+        self.fenced.push_back(now);
+        if self.fenced.len() <= FENCED_LIMIT {
+            return Ok(());
+        }
+        let what =
+            format!("{error}, {} times in {} minutes", self.fenced.len(), FENCED_WITHIN.as_secs() / 60);
+        Err(Error::new(Kind::Halted, what).hint(
+            "look for a second relay with a slot of this name on a copy of this database: it has the same system identifier, and so the \
+             same transactional.id. If there is none, transactions stay open for longer than transactions.timeout_seconds",
+        ))
+    }
+}
+
 /// What the state machine has to know for a session on this slot.
 pub(crate) fn relay_options(
     settings: &Settings,
@@ -74,6 +101,7 @@ pub(crate) fn relay_options(
     partitions: Partitions,
 ) -> Options {
     Options {
+        delivery: settings.delivery,
         source: source::Options { partitions, ..settings.source.clone() },
         policies: settings.policies,
         dead_letter_topic: settings.dead_letter_topic.clone(),

@@ -3,7 +3,8 @@
 use std::{collections::HashMap, fmt};
 
 use crate::{
-    Outgoing,
+    Lsn, Outgoing,
+    checkpoint::Mark,
     parking::{Key, Marker, PARKED_LIMIT, Parking},
     poison::{Kind, Poison, Policies, Policy},
     progress::{NotInFlight, Progress, Ticket},
@@ -20,6 +21,9 @@ pub enum Halt {
     Poison { row: String, poison: Poison },
     /// More aggregates would be parked than the limit allows.
     TooManyParked { limit: usize },
+    /// The server has something else where what was published last was: in the place of the transaction `published`, the
+    /// last before `checkpoint` is `found`.
+    AnotherLog { published: Mark, found: Option<Mark>, checkpoint: Lsn },
     /// A delivery report for a record that is not in flight.
     UnknownTicket(NotInFlight),
 }
@@ -30,6 +34,20 @@ impl fmt::Display for Halt {
             Self::Stream(error) => error.fmt(f),
             Self::Poison { row, poison } => write!(f, "{row} cannot be published: {poison}"),
             Self::TooManyParked { limit } => write!(f, "{limit} aggregates are parked, which is the limit"),
+            Self::AnotherLog { published, found, checkpoint } => {
+                write!(
+                    f,
+                    "the server's log is not the one that was published up to the last checkpoint, {checkpoint}: the last \
+                     transaction before it committed at {}, ",
+                    published.commit_lsn
+                )?;
+                match found {
+                    Some(found) => {
+                        write!(f, "and here the last one is another, committed at {}", found.commit_lsn)
+                    }
+                    None => write!(f, "and here there is none"),
+                }
+            }
             Self::UnknownTicket(NotInFlight(ticket)) => {
                 write!(f, "Kafka reported the delivery of record {} which is not in flight", ticket.0)
             }

@@ -2,6 +2,7 @@
 //! row becomes, and which LSN may be confirmed. Time comes in as an argument and work goes out as a value, so a
 //! test feeds bytes and asserts what comes out.
 
+pub mod checkpoint;
 mod disposal;
 mod draft;
 mod headers;
@@ -19,7 +20,9 @@ pub mod route;
 mod shape;
 pub mod source;
 mod timestamp;
+pub mod transactions;
 
+pub use checkpoint::Checkpoint;
 pub use lsn::Lsn;
 pub use record::Outgoing;
 pub use relay::{Relay, StatusUpdate};

@@ -1,8 +1,8 @@
 //! The state machine between the replication stream and Kafka.
 //!
 //! `handle_*` takes what happened and the time; [`Relay::handle_wal`] hands back the record to enqueue,
-//! [`Relay::take_checkpoint`] the position to write down in Kafka, [`Relay::take_status`] the status update to
-//! send. Time is a [`Duration`] since an arbitrary start.
+//! [`Relay::take_checkpoint`] the position to write down in Kafka, [`Relay::take_commit`] whether to commit Kafka's
+//! transaction, [`Relay::take_status`] the status update to send. Time is a [`Duration`] since an arbitrary start.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -11,21 +11,36 @@ use std::{
 
 pub use crate::disposal::{Diversion, Halt};
 use crate::{
-    Lsn, Outgoing,
+    Checkpoint, Lsn, Outgoing,
+    checkpoint::{Mark, Passage},
     disposal::Disposal,
     parking::{Key, Marker, Parking},
     poison::{Poison, Policies},
     progress::{Progress, Ticket},
     record::{Headers, Identity},
     source::{self, Source, Step},
+    transactions::{Sizes, Transactions},
 };
 
 /// Between two checkpoints. Each costs a small record, and only what one covers can be confirmed.
 const CHECKPOINT_INTERVAL: Duration = Duration::from_millis(250);
+/// A checkpoint that says nothing new is written again after so long: Kafka forgets producers, and their transactional
+/// ids (`transactional.id.expiration.ms`, a week by default), that are not heard of.
+const RENEWAL_INTERVAL: Duration = Duration::from_hours(24);
+
+/// What is promised of each row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Delivery {
+    /// It is in Kafka; after a crash or a rewind, perhaps twice.
+    AtLeastOnce,
+    /// It is in one committed transaction of Kafka, together with the checkpoint that says so.
+    ExactlyOnce(Sizes),
+}
 
 /// What the state machine has to know.
 #[derive(Debug, Clone)]
 pub struct Options {
+    pub delivery: Delivery,
     pub source: source::Options,
     pub policies: Policies,
     /// Where rows go whose policy is to dead-letter or to park.
@@ -43,12 +58,14 @@ pub struct Options {
 /// What earlier sessions wrote down.
 #[derive(Debug, Clone, Default)]
 pub struct Past {
-    /// The LSN of the last checkpoint.
-    pub checkpoint: Lsn,
+    /// The last checkpoint.
+    pub checkpoint: Checkpoint,
     /// Rows that Kafka refused after they were enqueued.
     pub refused: HashMap<Identity, Poison>,
     /// Aggregates that are parked, and the first row of each that was.
     pub parked: BTreeMap<Key, Identity>,
+    /// The commit LSN of a transaction that is not to share one of Kafka's with those before it, because it may halt.
+    pub apart: Option<Lsn>,
 }
 
 /// A standby status update
@@ -68,11 +85,24 @@ pub struct Relay {
     source: Source,
     progress: Progress,
     disposal: Disposal,
+    /// None: at-least-once.
+    transactions: Option<Transactions>,
+    /// What is passed over because it is published; exactly-once only.
+    passage: Option<Passage>,
+    apart: Option<Lsn>,
+    /// Where the stream begins, and when it did.
+    start: Lsn,
+    began: Duration,
     received: Lsn,
+    /// Every transaction that ended before it has been handled.
+    handled: Lsn,
+    /// The transactions that began, and that ended, last.
+    last_begun: Option<Mark>,
+    last_ended: Option<Mark>,
     /// The checkpoint that Kafka has; None until it is known.
-    checkpoint: Option<Lsn>,
-    /// The checkpoint that Kafka has not acknowledged yet.
-    checkpoint_in_flight: Option<Lsn>,
+    checkpoint: Option<Checkpoint>,
+    /// The checkpoint that Kafka has not acknowledged, or not committed, yet.
+    checkpoint_in_flight: Option<Checkpoint>,
     last_checkpoint: Option<Duration>,
     /// Whether the caller reads what the server sends.
     listening: bool,
@@ -81,6 +111,7 @@ pub struct Relay {
     reported: Lsn,
     reply_wanted: bool,
     ignored_changes: u64,
+    passed_over: u64,
 }
 
 impl Relay {
@@ -100,9 +131,20 @@ impl Relay {
                 markers: Vec::new(),
                 headers: Headers::default(),
             },
+            transactions: match options.delivery {
+                Delivery::AtLeastOnce => None,
+                Delivery::ExactlyOnce(sizes) => Some(Transactions::new(sizes)),
+            },
+            passage: None,
+            apart: None,
             options,
             progress: Progress::new(confirmed),
+            start: confirmed,
+            began: now,
             received: confirmed,
+            handled: confirmed,
+            last_begun: None,
+            last_ended: None,
             checkpoint: None,
             checkpoint_in_flight: None,
             last_checkpoint: None,
@@ -113,17 +155,22 @@ impl Relay {
             // The first status update goes out at once: it tells the server who we are and where we stand.
             reply_wanted: true,
             ignored_changes: 0,
+            passed_over: 0,
         }
     }
 
     /// What earlier sessions wrote down, once it is known. Nothing may have been handled yet.
     pub fn recall(&mut self, past: Past) {
         self.checkpoint = Some(past.checkpoint);
+        (self.last_begun, self.last_ended) = (past.checkpoint.last, past.checkpoint.last);
+        self.apart = past.apart;
+        self.passage = self.transactions.as_ref().map(|_| Passage::new(past.checkpoint, self.start));
         self.disposal.parking = Parking::new(past.parked);
         self.disposal.refused = past.refused;
     }
 
-    /// One message of the stream, at `start` in the log. What comes back is to be enqueued.
+    /// One message of the stream, at `start` in the log. What comes back is to be enqueued. To be called only while
+    /// the relay [wants input](Self::wants_input).
     pub fn handle_wal<'a>(
         &'a mut self,
         start: Lsn,
@@ -138,14 +185,35 @@ impl Relay {
                 self.ignored_changes += 1;
                 Ok(None)
             }
+            Step::Begin(mark) => {
+                self.last_begun = Some(mark);
+                if let Some(transactions) = &mut self.transactions {
+                    transactions.begin(self.apart == Some(mark.commit_lsn));
+                }
+                self.passage.as_mut().map_or(Ok(()), |passage| passage.begin(mark)).map(|()| None)
+            }
             Step::Commit { end_lsn } => {
                 self.received = self.received.max(end_lsn);
+                self.handled = self.handled.max(end_lsn);
+                self.last_ended = self.last_begun;
                 self.progress.commit(end_lsn);
                 Ok(None)
             }
-            Step::Row(drafted) => self.disposal.dispose(drafted, &mut self.progress, None, true),
+            Step::Row(drafted) | Step::Lone { drafted, .. }
+                if self.passage.as_ref().is_some_and(|p| p.covers(drafted.record.identity)) =>
+            {
+                self.passed_over += 1;
+                Ok(None)
+            }
+            Step::Row(drafted) => {
+                let outgoing = self.disposal.dispose(drafted, &mut self.progress, None, true)?;
+                add(self.transactions.as_mut(), outgoing.as_ref(), now);
+                Ok(outgoing)
+            }
             Step::Lone { drafted, end_lsn } => {
                 let outgoing = self.disposal.dispose(drafted, &mut self.progress, None, true)?;
+                add(self.transactions.as_mut(), outgoing.as_ref(), now);
+                self.handled = self.handled.max(end_lsn);
                 self.progress.commit(end_lsn);
                 Ok(outgoing)
             }
@@ -172,13 +240,31 @@ impl Relay {
     }
 
     /// A keepalive: the server has sent everything up to `wal_end`.
-    pub fn handle_keepalive(&mut self, wal_end: Lsn, reply_requested: bool, now: Duration) {
-        self.last_heard = now;
+    ///
+    /// # Errors
+    /// The log is not the one that was published.
+    pub fn handle_keepalive(
+        &mut self,
+        wal_end: Lsn,
+        reply_requested: bool,
+        now: Duration,
+    ) -> Result<(), Halt> {
+        self.hear(reply_requested, now);
         self.received = self.received.max(wal_end);
-        self.reply_wanted |= reply_requested;
         if !self.source.is_in_transaction() {
+            if let Some(passage) = &mut self.passage {
+                passage.idle_until(wal_end)?;
+            }
+            self.handled = self.handled.max(wal_end);
             self.progress.idle_until(wal_end);
         }
+        Ok(())
+    }
+
+    /// Something came that is handled later.
+    pub fn hear(&mut self, reply_requested: bool, now: Duration) {
+        self.last_heard = now;
+        self.reply_wanted |= reply_requested;
     }
 
     /// Kafka has acknowledged a record.
@@ -191,38 +277,130 @@ impl Relay {
         std::mem::take(&mut self.disposal.markers)
     }
 
-    /// The position to write down in Kafka now, if it is time: everything up to it is settled.
-    pub fn take_checkpoint(&mut self, now: Duration) -> Option<Lsn> {
-        let due = self.checkpoint_deadline().is_some_and(|deadline| now >= deadline);
-        due.then(|| {
+    /// The position to write down in Kafka now, if it is time. At-least-once, everything up to it is settled;
+    /// exactly-once, it is the last record of the open transaction and covers the others, and no more of them come
+    /// before that is [committed](Self::handle_committed).
+    pub fn take_checkpoint(&mut self, now: Duration) -> Option<Checkpoint> {
+        if self.checkpoint_deadline().is_none_or(|deadline| now < deadline) {
+            return None;
+        }
+        let checkpoint = self.next_checkpoint()?;
+        if let Some(transactions) = &mut self.transactions {
+            transactions.close();
+        }
+        self.checkpoint_in_flight = Some(checkpoint);
+        self.last_checkpoint = Some(now);
+        Some(checkpoint)
+    }
+
+    fn next_checkpoint(&self) -> Option<Checkpoint> {
+        let before = self.checkpoint?;
+        if self.transactions.is_none() {
             let lsn = self.progress.confirmed();
-            self.checkpoint_in_flight = Some(lsn);
-            self.last_checkpoint = Some(now);
-            lsn
+            return Some(if lsn > before.lsn { lsn.into() } else { before });
+        }
+        let lsn = self.handled.max(before.lsn);
+        Some(match self.source.next_change().filter(|next| next.seq > 0) {
+            // What was begun has records of ours, so it is behind what was published before.
+            Some(next) => Checkpoint { lsn, part: Some(next), last: self.last_begun },
+            // Nothing new, or not yet there: that a part was published must not be forgotten.
+            None if lsn == before.lsn || before.part.is_some_and(|part| lsn <= part.commit_lsn) => before,
+            None => Checkpoint { lsn, part: None, last: self.last_ended },
         })
     }
 
     fn checkpoint_deadline(&self) -> Option<Duration> {
-        let wanted = self.checkpoint.is_some() && !self.is_covered() && self.checkpoint_in_flight.is_none();
-        wanted.then(|| self.last_checkpoint.map_or(Duration::ZERO, |last| last + CHECKPOINT_INTERVAL))
+        if self.checkpoint.is_none() || self.checkpoint_in_flight.is_some() {
+            return None;
+        }
+        let in_transaction = self.source.is_in_transaction();
+        if let Some(transactions) = &self.transactions
+            && (in_transaction || !transactions.is_empty())
+        {
+            return transactions.deadline(in_transaction);
+        }
+        let interval = if self.is_covered() { RENEWAL_INTERVAL } else { CHECKPOINT_INTERVAL };
+        match self.last_checkpoint {
+            Some(last) => Some(last + interval),
+            None => Some(if self.is_covered() { self.began + interval } else { Duration::ZERO }),
+        }
     }
 
     /// Kafka has acknowledged the checkpoint.
     pub fn handle_checkpointed(&mut self) {
-        if let Some(lsn) = self.checkpoint_in_flight.take() {
-            self.checkpoint = self.checkpoint.max(Some(lsn));
+        match &mut self.transactions {
+            Some(transactions) => transactions.handle_checkpointed(),
+            None => self.take_over_checkpoint(),
+        }
+    }
+
+    fn take_over_checkpoint(&mut self) {
+        if let Some(checkpoint) = self.checkpoint_in_flight.take() {
+            self.checkpoint = Some(checkpoint);
+        }
+    }
+
+    /// Whether Kafka's transaction is to be committed now: everything in it is acknowledged. True once.
+    pub fn take_commit(&mut self) -> bool {
+        let is_acknowledged = self.progress.in_flight_records() == 0;
+        is_acknowledged && self.transactions.as_mut().is_some_and(Transactions::take_commit)
+    }
+
+    /// Kafka has committed the transaction.
+    pub fn handle_committed(&mut self) {
+        if let Some(transactions) = &mut self.transactions {
+            transactions.handle_committed();
+        }
+        self.take_over_checkpoint();
+        if !self.source.is_in_transaction() {
+            self.progress.idle_until(self.handled);
         }
     }
 
     /// What the server may be told: settled, and covered by a checkpoint. Never goes backwards.
     pub fn confirmed(&self) -> Lsn {
         // A checkpoint may be ahead of what a server remembers that crashed.
-        self.progress.confirmed().min(self.checkpoint.unwrap_or_default()).max(self.reported)
+        let covered = self.checkpoint.unwrap_or_default().lsn;
+        self.progress.confirmed().min(covered).max(self.reported)
     }
 
-    /// Whether to read on. False at the bound of what may be in flight, and before the past is known.
+    /// Whether to read on. False at the bound of what may be in flight, before the past is known, and from when one of
+    /// Kafka's transactions is full until it is committed.
     pub fn wants_input(&self) -> bool {
-        self.checkpoint.is_some() && self.progress.in_flight_bytes() < self.options.in_flight_limit_bytes
+        let in_transaction = self.source.is_in_transaction();
+        self.checkpoint.is_some()
+            && self.progress.in_flight_bytes() < self.options.in_flight_limit_bytes
+            && self.transactions.as_ref().is_none_or(|t| t.takes(in_transaction))
+    }
+
+    /// Whether one of Kafka's transactions is closed and not committed yet.
+    pub fn is_committing(&self) -> bool {
+        self.transactions.as_ref().is_some_and(|t| !t.is_filling())
+    }
+
+    /// Whether Kafka's transaction is not to wait for more records.
+    pub fn set_hurry(&mut self, hurries: bool) {
+        if let Some(transactions) = &mut self.transactions {
+            transactions.set_hurry(hurries);
+        }
+    }
+
+    /// Exactly-once: whether the records that come are to be committed together, whatever their number.
+    pub fn set_hold(&mut self, is_held: bool) {
+        if let Some(transactions) = &mut self.transactions {
+            transactions.set_hold(is_held);
+        }
+    }
+
+    /// Whether what becomes of several records becomes of all of them.
+    pub fn is_exactly_once(&self) -> bool {
+        self.transactions.is_some()
+    }
+
+    /// The commit LSN of the transaction that is being read, where Kafka's holds what is before it as well.
+    pub fn entangled(&self) -> Option<Lsn> {
+        let next = self.source.next_change()?;
+        self.transactions.as_ref().filter(|t| t.has_earlier()).map(|_| next.commit_lsn)
     }
 
     /// Whether the caller reads what the server sends. While it does not, for whatever reason, the server's
@@ -279,12 +457,17 @@ impl Relay {
 
     /// Whether an acknowledged checkpoint covers everything that may be confirmed.
     pub fn is_covered(&self) -> bool {
-        self.checkpoint.is_some_and(|checkpoint| self.progress.confirmed() <= checkpoint)
+        self.checkpoint.is_some_and(|checkpoint| self.progress.confirmed() <= checkpoint.lsn)
+    }
+
+    /// Whether everything that was enqueued is acknowledged, and committed where it has to be.
+    pub fn is_settled(&self) -> bool {
+        self.progress.is_idle() && self.transactions.as_ref().is_none_or(Transactions::is_empty)
     }
 
     /// Whether everything that was read is settled, and covered.
     pub fn is_at_rest(&self) -> bool {
-        self.progress.is_idle() && !self.is_in_transaction() && self.is_covered()
+        self.is_settled() && !self.is_in_transaction() && self.is_covered()
     }
 
     /// What is in flight.
@@ -295,6 +478,11 @@ impl Relay {
     /// What has been read.
     pub fn received(&self) -> Lsn {
         self.received
+    }
+
+    /// Rows so far that were published before, and are not again.
+    pub fn passed_over(&self) -> u64 {
+        self.passed_over
     }
 
     /// Changes so far that were not inserts into the outbox.
@@ -314,14 +502,27 @@ impl Relay {
 
     /// A record of the caller's own, of so many bytes, that is in flight until it is [settled](Self::handle_settled).
     /// Nothing that was read may be in flight: the relay is [at rest](Self::is_at_rest), and input paused.
-    pub fn begin_own(&mut self, bytes: usize) -> Ticket {
+    pub fn begin_own(&mut self, bytes: usize, now: Duration) -> Ticket {
+        if let Some(transactions) = &mut self.transactions {
+            transactions.add(bytes, now);
+        }
         self.progress.begin_record(bytes)
     }
 
     /// Frees an aggregate: its later rows go to their own topic again. [`take_markers`](Self::take_markers) hands
     /// out what has to be written. Whether it was parked.
-    pub fn free(&mut self, key: &Key) -> bool {
-        self.disposal.free(key, &mut self.progress)
+    pub fn free(&mut self, key: &Key, now: Duration) -> bool {
+        let was_parked = self.disposal.free(key, &mut self.progress);
+        if let Some(transactions) = self.transactions.as_mut().filter(|_| was_parked) {
+            transactions.add(key.cost_bytes(), now);
+        }
+        was_parked
+    }
+}
+
+fn add(transactions: Option<&mut Transactions>, outgoing: Option<&Outgoing<'_>>, now: Duration) {
+    if let (Some(transactions), Some(outgoing)) = (transactions, outgoing) {
+        transactions.add(outgoing.record.cost_bytes(), now);
     }
 }
 

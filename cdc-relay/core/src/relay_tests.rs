@@ -25,6 +25,7 @@ const COLUMNS: [(&str, u32); 7] = [
 
 fn options() -> Options {
     Options {
+        delivery: Delivery::AtLeastOnce,
         source: source_to("${aggregatetype}-events"),
         policies: Policies::default(),
         dead_letter_topic: "dead".into(),
@@ -44,7 +45,7 @@ fn started(now: Duration) -> Relay {
 
 fn started_with(options: Options, now: Duration) -> Relay {
     let mut relay = Relay::new(options, Lsn(1), now);
-    relay.recall(Past { checkpoint: Lsn(1), ..Past::default() });
+    relay.recall(Past { checkpoint: Lsn(1).into(), ..Past::default() });
     relay.set_listening(true, now);
     for (oid, name) in [(OUTBOX, "outbox"), (OTHER, "orders")] {
         let bytes = encode::relation(oid, "public", name, &COLUMNS);
@@ -55,9 +56,9 @@ fn started_with(options: Options, now: Duration) -> Relay {
 
 /// Kafka takes the checkpoint that is due.
 fn checkpoint(relay: &mut Relay, now: Duration) -> Option<Lsn> {
-    let lsn = relay.take_checkpoint(now);
+    let checkpoint = relay.take_checkpoint(now);
     relay.handle_checkpointed();
-    lsn
+    checkpoint.map(|checkpoint| checkpoint.lsn)
 }
 
 fn row(id: &str, headers: Option<&str>) -> Vec<u8> {
@@ -127,11 +128,11 @@ fn the_end_of_a_commit_is_confirmed_when_its_records_are_settled_and_not_before(
     relay.handle_settled(a).unwrap();
     relay.handle_settled(b).unwrap();
     // A keepalive in the middle of a transaction says nothing about the transaction.
-    relay.handle_keepalive(Lsn(1000), false, Duration::ZERO);
+    relay.handle_keepalive(Lsn(1000), false, Duration::ZERO).unwrap();
     assert_eq!(relay.progress().confirmed(), Lsn(1));
     feed(&mut relay, &encode::commit(50, 60, 0));
     assert_eq!(relay.progress().confirmed(), Lsn(60));
-    relay.handle_keepalive(Lsn(1000), false, Duration::ZERO);
+    relay.handle_keepalive(Lsn(1000), false, Duration::ZERO).unwrap();
     assert_eq!(relay.progress().confirmed(), Lsn(1000));
 }
 
@@ -141,7 +142,7 @@ fn a_keepalive_is_not_confirmed_while_anything_is_in_flight() {
     feed(&mut relay, &encode::begin(50, 0));
     let a = feed(&mut relay, &row("a", None)).unwrap();
     feed(&mut relay, &encode::commit(50, 60, 0));
-    relay.handle_keepalive(Lsn(1000), false, Duration::ZERO);
+    relay.handle_keepalive(Lsn(1000), false, Duration::ZERO).unwrap();
     assert_eq!(relay.progress().confirmed(), Lsn(1));
     relay.handle_settled(a).unwrap();
     assert_eq!(relay.progress().confirmed(), Lsn(60));
@@ -181,11 +182,11 @@ fn a_reply_that_is_asked_for_is_due_at_once_and_progress_soon() {
     let now = Duration::from_secs(1);
     let mut relay = started(now);
     assert_eq!(relay.take_status(now), None);
-    relay.handle_keepalive(Lsn(5), true, now);
+    relay.handle_keepalive(Lsn(5), true, now).unwrap();
     assert_eq!(relay.take_status(now), Some(StatusUpdate { received: Lsn(5), confirmed: Lsn(1) }));
     assert_eq!(checkpoint(&mut relay, now), Some(Lsn(5)));
     assert_eq!(relay.take_status(now), Some(StatusUpdate { received: Lsn(5), confirmed: Lsn(5) }));
-    relay.handle_keepalive(Lsn(9), false, now);
+    relay.handle_keepalive(Lsn(9), false, now).unwrap();
     assert_eq!((relay.take_status(now), relay.take_checkpoint(now)), (None, None));
     let soon = now + CHECKPOINT_INTERVAL;
     assert_eq!(relay.next_deadline(), soon);
@@ -198,10 +199,10 @@ fn a_reply_that_is_asked_for_is_due_at_once_and_progress_soon() {
 fn nothing_is_reported_that_no_acknowledged_checkpoint_covers() {
     let now = Duration::from_secs(1);
     let mut relay = started(now);
-    relay.handle_keepalive(Lsn(5), false, now);
-    assert_eq!(relay.take_checkpoint(now), Some(Lsn(5)));
+    relay.handle_keepalive(Lsn(5), false, now).unwrap();
+    assert_eq!(relay.take_checkpoint(now), Some(Lsn(5).into()));
     let later = now + CHECKPOINT_INTERVAL;
-    relay.handle_keepalive(Lsn(9), false, later);
+    relay.handle_keepalive(Lsn(9), false, later).unwrap();
     assert_eq!(relay.take_checkpoint(later), None, "one at a time");
     assert_eq!((relay.confirmed(), relay.is_at_rest()), (Lsn(1), false));
     relay.handle_checkpointed();
@@ -215,13 +216,13 @@ fn a_checkpoint_ahead_of_the_slot_is_not_written_again_and_hides_nothing() {
     let mut relay = Relay::new(options(), Lsn(10), Duration::ZERO);
     assert!(!relay.wants_input() && !relay.is_at_rest(), "the past is not known yet");
     assert_eq!(relay.take_checkpoint(Duration::ZERO), None);
-    relay.recall(Past { checkpoint: Lsn(50), ..Past::default() });
-    relay.handle_keepalive(Lsn(30), true, Duration::ZERO);
+    relay.recall(Past { checkpoint: Lsn(50).into(), ..Past::default() });
+    relay.handle_keepalive(Lsn(30), true, Duration::ZERO).unwrap();
     assert_eq!(relay.take_checkpoint(Duration::ZERO), None);
     let status = relay.take_status(Duration::ZERO).unwrap();
     assert_eq!(status.confirmed, Lsn(30));
-    relay.handle_keepalive(Lsn(60), true, Duration::ZERO);
-    assert_eq!(relay.take_checkpoint(Duration::ZERO), Some(Lsn(60)));
+    relay.handle_keepalive(Lsn(60), true, Duration::ZERO).unwrap();
+    assert_eq!(relay.take_checkpoint(Duration::ZERO), Some(Lsn(60).into()));
 }
 
 #[test]
@@ -254,7 +255,7 @@ fn a_row_that_is_refused_late_has_all_behind_it_parked() {
     let first = Identity { commit_lsn: Lsn(50), seq: 0 };
     let refused = HashMap::from([(first, Poison::Refused { topic: "t".into(), why: "w".into() })]);
     let mut relay = started_with(options, Duration::ZERO);
-    relay.recall(Past { checkpoint: Lsn(1), refused, parked });
+    relay.recall(Past { checkpoint: Lsn(1).into(), refused, parked, apart: None });
     feed(&mut relay, &encode::begin(50, 0));
     assert_eq!(rows.each_ref().map(|row| is_dead_letter(&mut relay, row)), [true; 3]);
     let markers: Vec<_> = relay.take_markers().into_iter().map(|m| m.parked).collect();

@@ -7,6 +7,7 @@ use std::{
 
 use crate::{
     Lsn,
+    checkpoint::Mark,
     draft::{Draft, Moment},
     message,
     outbox::{Outbox, OutboxTable, SLOTS, Slots, Updates},
@@ -108,6 +109,8 @@ pub enum Step<'a> {
     /// A message under our prefix outside any transaction, which is always poison. It is done with once
     /// everything before `end_lsn` is.
     Lone { drafted: Drafted<'a>, end_lsn: Lsn },
+    /// The beginning of a transaction.
+    Begin(Mark),
     /// The end of a transaction.
     Commit { end_lsn: Lsn },
 }
@@ -115,7 +118,7 @@ pub enum Step<'a> {
 /// The transaction that is being read.
 #[derive(Debug)]
 struct Open {
-    commit_lsn: Lsn,
+    mark: Mark,
     committed_at_ms: i64,
     /// The ordinal of the next change.
     next_seq: u64,
@@ -166,7 +169,9 @@ impl Source {
         let message = pgoutput::decode(bytes)
             .map_err(|error| StreamError::Undecodable { at: self.next_identity(start), error })?;
         match message {
-            Message::Begin { commit_lsn, committed_at_us, .. } => self.begin(commit_lsn, committed_at_us)?,
+            Message::Begin { commit_lsn, committed_at_us, .. } => {
+                return self.begin(Mark { commit_lsn, committed_at_us });
+            }
             Message::Commit { commit_lsn, end_lsn, .. } => return self.commit(commit_lsn, end_lsn),
             Message::Relation(relation) => {
                 let known = self.know(relation);
@@ -227,23 +232,27 @@ impl Source {
     }
 
     fn next_identity(&self, start: Lsn) -> Identity {
-        let (commit_lsn, seq) = self.open.as_ref().map_or((start, 0), |o| (o.commit_lsn, o.next_seq));
-        Identity { commit_lsn, seq }
+        self.next_change().unwrap_or(Identity { commit_lsn: start, seq: 0 })
     }
 
-    fn begin(&mut self, commit_lsn: Lsn, committed_at_us: i64) -> Result<(), StreamError> {
+    /// The next change of the transaction that has been read in part, if there is one.
+    pub fn next_change(&self) -> Option<Identity> {
+        self.open.as_ref().map(|open| Identity { commit_lsn: open.mark.commit_lsn, seq: open.next_seq })
+    }
+
+    fn begin(&mut self, mark: Mark) -> Result<Step<'_>, StreamError> {
         if self.open.is_some() {
             return Err(StreamError::OutOfProtocol("a transaction begins inside another"));
         }
-        let committed_at_ms = committed_at_us.saturating_add(POSTGRES_EPOCH_US) / 1000;
-        self.open = Some(Open { commit_lsn, committed_at_ms, next_seq: 0 });
-        self.draft.set_commit_lsn(commit_lsn);
-        Ok(())
+        let committed_at_ms = mark.committed_at_us.saturating_add(POSTGRES_EPOCH_US) / 1000;
+        self.open = Some(Open { mark, committed_at_ms, next_seq: 0 });
+        self.draft.set_commit_lsn(mark.commit_lsn);
+        Ok(Step::Begin(mark))
     }
 
     fn commit(&mut self, commit_lsn: Lsn, end_lsn: Lsn) -> Result<Step<'_>, StreamError> {
         match self.open.take() {
-            Some(open) if open.commit_lsn == commit_lsn => Ok(Step::Commit { end_lsn }),
+            Some(open) if open.mark.commit_lsn == commit_lsn => Ok(Step::Commit { end_lsn }),
             Some(_) => {
                 Err(StreamError::OutOfProtocol("a commit does not belong to the transaction before it"))
             }
@@ -275,7 +284,7 @@ impl Source {
     fn last_change(&self) -> Result<Moment, StreamError> {
         let outside = StreamError::OutOfProtocol("a row outside a transaction");
         let open = self.open.as_ref().ok_or(outside)?;
-        let identity = Identity { commit_lsn: open.commit_lsn, seq: open.next_seq.saturating_sub(1) };
+        let identity = Identity { commit_lsn: open.mark.commit_lsn, seq: open.next_seq.saturating_sub(1) };
         Ok(Moment { identity, committed_at_ms: open.committed_at_ms })
     }
 

@@ -162,6 +162,7 @@ fn a_message_outside_a_transaction_is_settled_like_one() {
     let now = Duration::ZERO;
     for (policy, in_flight) in [(Policy::Skip, 0), (Policy::DeadLetter, 1)] {
         let options = relay::Options {
+            delivery: relay::Delivery::AtLeastOnce,
             source: Options { messages: Some(messages(&[])), ..source_to("x") },
             policies: Policies::all(policy),
             dead_letter_topic: "dead".into(),

@@ -13,6 +13,10 @@ pub(super) struct AcceptGap {
     /// have it), or through what is committed `now`
     #[arg(long, value_name = "LSN|now")]
     through: Option<Through>,
+    /// Forget the checkpoint: go on from the slot's confirmed LSN, whatever Kafka has of what comes then. For a server that
+    /// was restored from a backup and has written something else since
+    #[arg(long, conflicts_with = "through")]
+    from_slot: bool,
     /// Do it. Without this, only say what would be done
     #[arg(long)]
     yes: bool,
@@ -61,7 +65,7 @@ impl fmt::Display for Plan {
 /// Says what would be given up, and with `--yes` gives it up.
 pub(super) fn accept_gap(settings: &Settings, command: &AcceptGap) -> Result<(), Failure> {
     let mut desk = Desk::open(settings).map_err(Error::into_failure)?;
-    let plan = plan(&mut desk, settings, command.through).map_err(Error::into_failure)?;
+    let plan = plan(&mut desk, settings, command).map_err(Error::into_failure)?;
     let Some(plan) = plan else {
         println!("nothing to accept: slot and checkpoint belong together");
         return Ok(());
@@ -88,7 +92,7 @@ pub(super) fn accept_gap(settings: &Settings, command: &AcceptGap) -> Result<(),
 }
 
 /// Looks at everything, tells it, and decides. None when nothing is in doubt.
-fn plan(desk: &mut Desk<'_>, settings: &Settings, through: Option<Through>) -> Result<Option<Plan>, Error> {
+fn plan(desk: &mut Desk<'_>, settings: &Settings, command: &AcceptGap) -> Result<Option<Plan>, Error> {
     match &desk.ledger.checkpoint {
         Some(c) => {
             println!("{:<12} {} ({}, {}, timeline {})", "checkpoint", c.lsn, c.at, c.instance, c.timeline);
@@ -109,7 +113,10 @@ fn plan(desk: &mut Desk<'_>, settings: &Settings, through: Option<Through>) -> R
     if let Some(doubt) = &doubt {
         println!("{:<12} {doubt}", "in doubt");
     }
-    let to = match through {
+    if command.from_slot {
+        return Ok(Some(Plan::TakeAsItIs(confirmed)));
+    }
+    let to = match command.through {
         None => None,
         // A slot that is confirmed beyond the beginning of a commit's record leaves that transaction out.
         Some(Through::Commit(lsn)) => Some(Lsn(lsn.0.saturating_add(1))),

@@ -5,7 +5,10 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use relay_core::{Lsn, Relay, StatusUpdate, pgoutput};
+use relay_core::{
+    Lsn, Relay, StatusUpdate, pgoutput,
+    relay::{Delivery, Options},
+};
 use rustix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 use service::{Failure, exit::Kind as Exit};
@@ -125,7 +128,11 @@ impl<'a> Reading<'a> {
         let owner = Owner { system: system.identifier, slot: settings.slot.clone() };
         // It recalls no past, so it writes no checkpoint and confirms nothing.
         let mut relay = Relay::new(
-            start::relay_options(settings, &owner, &position, partitions),
+            // Nothing is delivered, so the simplest promise will do.
+            Options {
+                delivery: Delivery::AtLeastOnce,
+                ..start::relay_options(settings, &owner, &position, partitions)
+            },
             position.confirmed,
             Duration::ZERO,
         );
@@ -191,7 +198,7 @@ impl<'a> Reading<'a> {
             match self.stream.next_event()? {
                 None => return self.stream.fill(),
                 Some(Event::Keepalive { wal_end, reply_requested }) => {
-                    self.relay.handle_keepalive(wal_end, reply_requested, now);
+                    self.relay.handle_keepalive(wal_end, reply_requested, now)?;
                 }
                 Some(Event::Wal { start, message }) => {
                     self.pace.message();

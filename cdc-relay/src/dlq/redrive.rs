@@ -21,7 +21,7 @@ use super::{
     reader::{News, Reader},
 };
 use crate::{
-    error::Error,
+    error::{Error, Kind},
     kafka::{Offer, Producer},
     shared::Shared,
 };
@@ -140,15 +140,15 @@ impl Redrive {
                 }
                 Ok(Progress::Waits) if hands.now < self.moved_at + STALL_LIMIT => return Ok(progress),
                 Ok(Progress::Waits) => {
-                    self.drop_pending(hands)?;
                     let what = format!("nothing has come of it for {} s", STALL_LIMIT.as_secs());
+                    self.leave(hands, &what)?;
                     self.give_up(&what);
                     return Ok(Progress::Over);
                 }
                 Ok(Progress::Over) => return Ok(Progress::Over),
                 Err(Trouble::Session(e)) => return Err(e),
                 Err(Trouble::Own(why)) => {
-                    self.drop_pending(hands)?;
+                    self.leave(hands, &why)?;
                     self.give_up(&why);
                     return Ok(Progress::Over);
                 }
@@ -160,7 +160,7 @@ impl Redrive {
         if self.pending.is_some() {
             return self.offer(hands);
         }
-        let is_idle = hands.relay.progress().is_idle();
+        let is_settled = hands.relay.is_settled();
         match self.phase {
             Phase::Reading | Phase::Resting if hands.hurry => return Err(Trouble::Own(HURRY.into())),
             Phase::Reading | Phase::Planning => return self.hear(hands),
@@ -172,13 +172,14 @@ impl Redrive {
                 self.phase = Phase::Planning;
             }
             Phase::Publishing => return self.publish(hands),
-            Phase::Acknowledging if is_idle => {
+            // With exactly-once delivery, letters and markers are committed together.
+            Phase::Acknowledging if is_settled || hands.relay.is_exactly_once() => {
                 self.markers = self.chunk.iter().flat_map(Step::places).collect();
                 self.phase = Phase::Marking;
             }
             Phase::Marking => self.mark_next(hands),
-            Phase::Marked if is_idle => self.end_chunk(hands),
-            Phase::Freed if is_idle => {
+            Phase::Marked if is_settled => self.end_chunk(hands),
+            Phase::Freed if is_settled => {
                 self.end();
                 return Ok(Progress::Over);
             }
@@ -243,6 +244,7 @@ impl Redrive {
 
     fn mark_next(&mut self, hands: &mut Hands<'_>) {
         let Some(place) = self.markers.pop_front() else {
+            hands.relay.set_hold(false);
             self.phase = Phase::Marked;
             return;
         };
@@ -253,7 +255,8 @@ impl Redrive {
     }
 
     fn pend(&mut self, hands: &mut Hands<'_>, letter: Letter, step: Option<Step>) {
-        let ticket = hands.relay.begin_own(letter.record().cost_bytes());
+        hands.relay.set_hold(true);
+        let ticket = hands.relay.begin_own(letter.record().cost_bytes(), hands.now);
         self.pending = Some(Pending { ticket, letter, step });
     }
 
@@ -293,14 +296,24 @@ impl Redrive {
             return;
         }
         for key in self.plan.free() {
-            if hands.relay.free(&key) {
+            if hands.relay.free(&key, hands.now) {
                 self.freed.push(key);
             }
         }
         self.phase = Phase::Freed;
     }
 
-    fn drop_pending(&mut self, hands: &mut Hands<'_>) -> Result<(), Error> {
+    /// Before it is given up.
+    ///
+    /// # Errors
+    /// With exactly-once delivery, letters that are published and not marked must not be committed.
+    fn leave(&mut self, hands: &mut Hands<'_>, why: &str) -> Result<(), Error> {
+        hands.relay.set_hold(false);
+        let is_published = !self.job.order.options.discard && !self.chunk.is_empty();
+        if hands.relay.is_exactly_once() && is_published && self.phase != Phase::Marked {
+            let what = format!("the redrive, and with it Kafka's transaction, is given up: {why}");
+            return Err(Error::new(Kind::DeliveryFailed, what));
+        }
         match self.pending.take() {
             Some(pending) => Ok(hands.relay.handle_settled(pending.ticket)?),
             None => Ok(()),

@@ -36,6 +36,8 @@ pub(crate) type Patience<'a> = &'a dyn Fn() -> Result<(), Error>;
 /// A topic that is being read. Waits for Kafka as long as the patience that is asked every now and then is Ok.
 pub(crate) struct History {
     consumer: BaseConsumer<Quiet>,
+    /// Sees what is in open transactions, too.
+    uncommitted: BaseConsumer<Quiet>,
     topic: String,
     /// The next offset of each partition.
     next: BTreeMap<i32, Offset>,
@@ -56,13 +58,15 @@ impl History {
         let mut client = reader_config(config);
         client.set("queued.max.messages.kbytes", QUEUED_KIB);
         let consumer: BaseConsumer<Quiet> = client.create_with_context(Quiet).map_err(|e| not_taken(&e))?;
+        client.set("isolation.level", "read_uncommitted");
+        let uncommitted = client.create_with_context(Quiet).map_err(|e| not_taken(&e))?;
         let Some(partitions) = partitions(&consumer, topic, patience)? else { return Ok(None) };
         let next = partitions.into_iter().map(|partition| (partition, Offset::Beginning)).collect();
-        Ok(Some(Self { consumer, topic: topic.to_owned(), next, cursor: None }))
+        Ok(Some(Self { consumer, uncommitted, topic: topic.to_owned(), next, cursor: None }))
     }
 
     /// Hands every record that was not handed out yet to `take`, partition by partition in order, until the present
-    /// end of the topic.
+    /// end of the topic. What is in transactions that are open now is waited for.
     ///
     /// # Errors
     /// As [`open`](Self::open), and what `take` says.
@@ -72,6 +76,7 @@ impl History {
         mut take: impl FnMut(&BorrowedMessage<'_>) -> Result<(), Error>,
     ) -> Result<(), Error> {
         self.cursor = None;
+        self.wait_for_transactions(patience)?;
         self.assign(self.next.iter().map(|(partition, offset)| (*partition, *offset)))?;
         let mut open: HashSet<i32> = self.next.keys().copied().collect();
         while !open.is_empty() {
@@ -86,6 +91,32 @@ impl History {
                     open.remove(&partition);
                 }
                 Some(Err(error)) => self.look_at(&error)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until what is in the topic now is committed or aborted: behind an open transaction, of whoever, committed
+    /// records cannot be read, and the end of what can be read is not the end.
+    fn wait_for_transactions(&self, patience: Patience<'_>) -> Result<(), Error> {
+        let end = |consumer: &BaseConsumer<Quiet>, partition| loop {
+            patience()?;
+            match consumer.fetch_watermarks(&self.topic, partition, METADATA_TIMEOUT) {
+                Ok((_, end)) => return Ok::<i64, Error>(end),
+                Err(error) => self.look_at(&error)?,
+            }
+        };
+        for partition in self.next.keys().copied() {
+            let written = end(&self.uncommitted, partition)?;
+            let mut told = false;
+            while end(&self.consumer, partition)? < written {
+                if !std::mem::replace(&mut told, true) {
+                    tracing::info!(
+                        topic = self.topic,
+                        "a transaction is open on it: waiting until Kafka, or whoever has it, ends it"
+                    );
+                }
+                std::thread::sleep(POLL);
             }
         }
         Ok(())

@@ -3,6 +3,7 @@
 use rdkafka::error::RDKafkaErrorCode as Code;
 use relay_core::{poison::Poison, record::Identity};
 
+use super::transactions::{fenced, is_fenced};
 use crate::error::{Error, Kind};
 
 /// A record that was not delivered, or the producer's own failure.
@@ -73,6 +74,7 @@ pub(super) fn refused(failed: &Failed) -> Error {
             format!("Kafka refuses records for topic {topic} for good: {code}"),
             "mend the topic's configuration or kafka.properties; the broker's log may say more",
         ),
+        code if is_fenced(*code) => fenced(None),
         _ => Error::new(
             Kind::DeliveryFailed,
             format!("Kafka did not take a record for topic {topic:?}: {code}"),

@@ -33,6 +33,8 @@ pub(super) struct Reports {
     pub(super) checkpointed: bool,
     /// The first failure that is a cause; those that follow from it are not kept.
     pub(super) failed: Option<Failed>,
+    /// The open transaction cannot be committed any more.
+    pub(super) is_transaction_broken: bool,
     /// How many records were refused by themselves, or for what another of their batch is.
     pub(super) refused: usize,
 }
@@ -108,6 +110,11 @@ impl ClientContext for Context {
         // whoever asks.
         tracing::debug!(?level, facility, "librdkafka: {message}");
         self.door.log(facility, message);
+        // That a transaction is broken is told nowhere else, unless a record of it failed by itself.
+        if facility == "TXNERR" {
+            self.reports().is_transaction_broken = true;
+            self.waker.wake();
+        }
     }
 
     fn error(&self, error: KafkaError, reason: &str) {

@@ -146,6 +146,8 @@ pub(crate) fn read_keyed(topic: &str, key: &str) -> Vec<OwnedMessage> {
     let consumer: BaseConsumer = client(&Servers::shared().kafka)
         .set("group.id", "none")
         .set("enable.partition.eof", "true")
+        // Another test's open transaction would hide what is behind it.
+        .set("isolation.level", "read_uncommitted")
         .create()
         .unwrap();
     let mut list = TopicPartitionList::new();

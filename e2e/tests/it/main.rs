@@ -4,7 +4,6 @@
 // A test that cannot go on fails where it stands.
 #![allow(clippy::unwrap_used)]
 
-mod chaos;
 mod compose;
 mod flow;
 mod group;

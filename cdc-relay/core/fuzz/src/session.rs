@@ -3,13 +3,13 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use relay_core::{
-    Lsn, Outgoing, Relay,
+    Checkpoint, Lsn, Outgoing, Relay,
     outbox::{Outbox, OutboxTable},
     parking::Key,
     pgoutput::{Message, decode},
     poison::{Poison, Policies, Policy},
     progress::Ticket,
-    relay::{Options, Past},
+    relay::{Delivery, Options, Past},
     route::{TopicTemplate, is_legal_topic},
     source,
 };
@@ -124,6 +124,7 @@ struct Session<'a> {
 impl<'a> Session<'a> {
     fn new(policy: Policy) -> Self {
         let options = Options {
+            delivery: Delivery::AtLeastOnce,
             source: source_options(),
             policies: Policies::all(policy),
             dead_letter_topic: DEAD_LETTERS.to_owned(),
@@ -158,7 +159,7 @@ impl<'a> Session<'a> {
             Event::Wal(message) => self.read(message)?,
             Event::Keepalive(end, asks) => {
                 let is_idle = !self.relay.is_in_transaction() && self.settled() == self.records.len();
-                self.relay.handle_keepalive(end, asks, self.now);
+                self.relay.handle_keepalive(end, asks, self.now).expect("at-least-once");
                 self.idle = if is_idle { self.idle.max(end) } else { self.idle };
                 assert!(!asks || self.relay.next_deadline() <= self.now, "a reply is due at once");
             }
@@ -182,12 +183,12 @@ impl<'a> Session<'a> {
             }
             Event::Free => {
                 if let Some(key) = self.last_key.take() {
-                    self.relay.free(&key);
+                    self.relay.free(&key, self.now);
                     self.begin(&[]);
                 }
             }
             Event::Checkpoint => {
-                if let Some(lsn) = self.relay.take_checkpoint(self.now) {
+                if let Some(Checkpoint { lsn, .. }) = self.relay.take_checkpoint(self.now) {
                     assert_eq!(lsn, self.settled_to);
                     assert!(lsn > self.checkpoint && self.checkpoint_in_flight.is_none());
                     self.checkpoint_in_flight = Some(lsn);

@@ -10,7 +10,7 @@ use crate::{
     poison::{Policies, Policy},
     progress::Ticket,
     record::Identity,
-    relay::{Halt, Options, Past},
+    relay::{Delivery, Halt, Options, Past},
     source::tests::source_to,
 };
 
@@ -104,6 +104,7 @@ pub(super) struct History {
 
 pub(super) fn options(policy: Policy) -> Options {
     Options {
+        delivery: Delivery::AtLeastOnce,
         source: source_to("t"),
         policies: Policies::all(policy),
         dead_letter_topic: "dead".into(),
@@ -117,7 +118,7 @@ pub(super) fn options(policy: Policy) -> Options {
 impl History {
     pub(super) fn new(policy: Policy) -> Self {
         let mut relay = Relay::new(options(policy), START, Duration::ZERO);
-        relay.recall(Past { checkpoint: START, ..Past::default() });
+        relay.recall(Past { checkpoint: START.into(), ..Past::default() });
         relay.set_listening(true, Duration::ZERO);
         let columns =
             ["id", "aggregatetype", "aggregateid", "type", "payload", "headers"].map(|name| (name, 25));
@@ -161,7 +162,7 @@ impl History {
                 self.lsn += if is_open { 0 } else { *ahead };
                 // In the midst of a transaction too the server may tell a position behind it.
                 self.keepalive = Lsn(self.lsn + if is_open { 3 } else { 0 });
-                self.relay.handle_keepalive(self.keepalive, *asks, self.now);
+                self.relay.handle_keepalive(self.keepalive, *asks, self.now)?;
             }
             Op::Settle(index) => {
                 let open: Vec<Ticket> = self.tickets.difference(&self.settled).copied().collect();
@@ -173,7 +174,7 @@ impl History {
             }
             Op::Checkpoint => {
                 let lsn = self.relay.take_checkpoint(self.now);
-                self.checkpoints.extend(lsn.map(|lsn| (self.now, lsn, false)));
+                self.checkpoints.extend(lsn.map(|checkpoint| (self.now, checkpoint.lsn, false)));
             }
             Op::Checkpointed => {
                 self.relay.handle_checkpointed();

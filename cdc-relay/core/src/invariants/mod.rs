@@ -161,16 +161,16 @@ proptest! {
         let mut now = Duration::ZERO;
         let mut relay = Relay::new(options(Policy::Halt), START, now);
         for ahead in keepalives {
-            relay.handle_keepalive(Lsn(START.0 + ahead), false, now);
+            relay.handle_keepalive(Lsn(START.0 + ahead), false, now).expect("at-least-once");
             now = now.max(relay.next_deadline());
             if let Some(status) = relay.take_status(now) {
                 assert_eq!(status.confirmed, START);
             }
             assert_eq!(relay.take_checkpoint(now), None, "a checkpoint would take a doubt away");
         }
-        relay.recall(Past { checkpoint: Lsn(START.0 + checkpoint), ..Past::default() });
+        relay.recall(Past { checkpoint: Lsn(START.0 + checkpoint).into(), ..Past::default() });
         assert!(relay.confirmed() <= Lsn(START.0 + checkpoint));
-        relay.handle_keepalive(Lsn(START.0 + 100), false, now);
+        relay.handle_keepalive(Lsn(START.0 + 100), false, now).expect("at-least-once");
         assert_eq!(relay.confirmed(), Lsn(START.0 + checkpoint));
     }
 
@@ -188,7 +188,7 @@ proptest! {
         for ticket in history.tickets.difference(&history.settled) {
             history.relay.handle_settled(*ticket).expect("it was in flight");
         }
-        history.relay.handle_keepalive(Lsn(u64::MAX), true, history.now);
+        history.relay.handle_keepalive(Lsn(u64::MAX), true, history.now).expect("at-least-once");
         assert!(history.relay.progress().confirmed() <= at);
     }
 }

@@ -3,9 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use super::{
-    kafka::Kafka,
+    kafka::{Kafka, Shown},
     postgres::{KEYS, OutboxRow, Postgres, RowId, Transaction},
 };
+use crate::Lsn;
 
 /// Watches the topic.
 #[derive(Debug, Default)]
@@ -16,6 +17,10 @@ pub(super) struct Ledger {
     excused: HashSet<RowId>,
     /// The first row of each key that is not done.
     next: BTreeMap<usize, u64>,
+    /// Of each transaction of Postgres, the last of Kafka's that has rows of it.
+    committed_in: BTreeMap<Lsn, u64>,
+    /// Kafka's transactions so far.
+    commits: u64,
 }
 
 impl Ledger {
@@ -36,6 +41,26 @@ impl Ledger {
         }
         assert_eq!(row.n, *next, "a row of key {} comes before that one", row.key);
         self.done.insert(row);
+    }
+
+    /// One of Kafka's transactions is committed. Each row comes once, and one of Postgres' that fits into one of Kafka's
+    /// is in one of them.
+    pub(super) fn committed(&mut self, rows: &[Shown], postgres: &Postgres) {
+        self.commits += 1;
+        for Shown { row, is_redriven } in rows {
+            assert!(
+                !self.done.contains(&row.id) || self.excused.contains(&row.id),
+                "{:?} is published twice",
+                row.id
+            );
+            self.arrived(row.id);
+            if *is_redriven {
+                continue;
+            }
+            let before = self.committed_in.insert(row.identity.commit_lsn, self.commits);
+            let is_split = before.is_some_and(|before| before < self.commits);
+            assert!(!is_split || !postgres.is_small(row.identity.commit_lsn), "{:?} is split", row.identity);
+        }
     }
 
     /// A status update confirms this much: all that the server would leave out from now on is in Kafka.

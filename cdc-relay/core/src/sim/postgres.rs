@@ -8,6 +8,8 @@ use fastrand::Rng;
 use crate::{Lsn, pgoutput::tests::encode, record::Identity};
 
 pub(super) const KEYS: usize = 7;
+/// So many rows that go the usual way always fit into one of Kafka's transactions here.
+const SMALL_ROWS: usize = 3;
 const OUTBOX: u32 = 1;
 const OTHER: u32 = 2;
 const COLUMNS: [(&str, u32); 6] =
@@ -150,6 +152,12 @@ impl Postgres {
     /// As the server does: a transaction is left out when its commit record begins before what is confirmed.
     pub(super) fn is_forgotten(transaction: &Transaction, confirmed: u64) -> bool {
         transaction.commit_lsn < confirmed
+    }
+
+    /// Whether a transaction is far from filling one of Kafka's, and all its rows go the usual way.
+    pub(super) fn is_small(&self, commit_lsn: Lsn) -> bool {
+        let transaction = self.log.iter().find(|t| Lsn(t.commit_lsn) == commit_lsn).expect("it was written");
+        transaction.rows().all(|row| row.nature == Nature::Good) && transaction.rows().count() <= SMALL_ROWS
     }
 
     pub(super) fn row(&self, id: RowId) -> OutboxRow {

@@ -18,11 +18,15 @@ use crate::{
     Lsn, Outgoing, Relay, StatusUpdate,
     poison::{Kind, Poison, Policies, Policy},
     record::Identity,
-    relay::{Options, Past},
+    relay::{Delivery, Options, Past},
     source::tests::source_to,
+    transactions::Sizes,
 };
 
 const LIMIT_BYTES: usize = 4_000;
+/// Room for three rows, or one that is dead-lettered and its marker.
+const SIZES: Sizes =
+    Sizes { bytes: 2_000, time: Duration::from_millis(100), split_after: Duration::from_secs(30) };
 /// More than any record here, and a marker with it, costs.
 const RECORD_BYTES: usize = 1_500;
 const STATUS_INTERVAL: Duration = Duration::from_secs(10);
@@ -38,6 +42,8 @@ pub(super) struct World {
     policies: Policies,
     /// What the process remembers of refusals from session to session.
     refused: HashMap<Identity, Poison>,
+    apart: Option<Lsn>,
+    delivery: Delivery,
     // The session.
     relay: Relay,
     walsender: Walsender,
@@ -55,13 +61,15 @@ pub(super) struct World {
 }
 
 fn start(
+    delivery: Delivery,
     postgres: &Postgres,
     kafka: &Kafka,
     policies: Policies,
-    refused: HashMap<Identity, Poison>,
+    (refused, apart): (HashMap<Identity, Poison>, Option<Lsn>),
     now: Duration,
 ) -> Relay {
     let options = Options {
+        delivery,
         source: source_to("${aggregatetype}"),
         policies,
         dead_letter_topic: DEAD_LETTERS.into(),
@@ -70,7 +78,7 @@ fn start(
         status_interval: STATUS_INTERVAL,
         silence_limit: Duration::from_mins(1),
     };
-    let past = Past { checkpoint: Lsn(kafka.checkpoint), refused, parked: kafka.parked.clone() };
+    let past = Past { checkpoint: kafka.checkpoint, refused, parked: kafka.parked.clone(), apart };
     let mut relay = Relay::new(options, Lsn(postgres.confirmed), now);
     relay.recall(past);
     relay
@@ -80,17 +88,18 @@ impl World {
     pub(super) fn new(seed: u64) -> Self {
         let mut rng = Rng::with_seed(seed);
         let (postgres, now) = (Postgres::new(&mut rng), Duration::ZERO);
-        let kafka = Kafka::new(postgres.confirmed);
+        let delivery = if rng.bool() { Delivery::ExactlyOnce(SIZES) } else { Delivery::AtLeastOnce };
+        let kafka = Kafka::new(postgres.confirmed, delivery != Delivery::AtLeastOnce);
         let all = [Policy::Halt, Policy::DeadLetter, Policy::ParkKey, Policy::ParkKey, Policy::Skip];
         let mut policies = Policies::default();
         for kind in Kind::CONFIGURABLE {
             policies = policies.with(kind, all[rng.usize(..all.len())]);
         }
         Self {
-            relay: start(&postgres, &kafka, policies, HashMap::new(), now),
+            relay: start(delivery, &postgres, &kafka, policies, (HashMap::new(), None), now),
             walsender: Walsender::new(&postgres),
             reported: Lsn(postgres.confirmed),
-            checkpointed: Lsn(kafka.checkpoint),
+            checkpointed: kafka.checkpoint.lsn,
             checkpoint_in_flight: None,
             rng,
             now,
@@ -99,6 +108,8 @@ impl World {
             ledger: Ledger::default(),
             policies,
             refused: HashMap::new(),
+            apart: None,
+            delivery,
             statuses: VecDeque::new(),
             last_status: now,
             listening: false,
@@ -115,8 +126,9 @@ impl World {
             480..530 => self.keepalive(),
             530..690 => self.arrive(),
             690..700 => self.arrive_late(),
-            700..830 => self.hear_kafka(),
-            830..870 => self.write_checkpoint(),
+            700..820 => self.hear_kafka(),
+            820..840 => self.hear_of_commit(),
+            840..870 => self.write_checkpoint(),
             870..920 => self.tell_status(),
             920..950 => self.status_arrives(),
             950..955 => self.crash(),
@@ -127,7 +139,8 @@ impl World {
             974..980 => self.wait_for_deadline(),
             980..984 => self.redrive(),
             984..985 => self.shut_down_postgres(),
-            985..990 => self.set_listening(false),
+            985..987 => self.relay.set_hurry(self.rng.bool()),
+            987..990 => self.set_listening(false),
             _ => self.set_listening(true),
         }
         self.check();
@@ -136,7 +149,8 @@ impl World {
     fn check(&mut self) {
         let in_flight = self.relay.progress().in_flight_bytes();
         assert!(in_flight < LIMIT_BYTES + RECORD_BYTES, "{in_flight} bytes are in flight");
-        assert!(in_flight > 0 || self.relay.wants_input(), "it waits for nothing");
+        let waits = in_flight > 0 || self.relay.is_committing() || self.relay.next_deadline() <= self.now;
+        assert!(waits || self.relay.wants_input(), "it waits for nothing");
         let confirmed = self.relay.confirmed();
         assert!(confirmed >= self.reported, "the confirmed LSN goes back");
         let covered = self.checkpointed.max(self.reported);
@@ -157,6 +171,7 @@ impl World {
             return;
         }
         let Some(sent) = self.walsender.read(&self.postgres, &mut self.rng) else { return };
+        let passed_over = self.relay.passed_over();
         let told = match self.relay.handle_wal(Lsn(sent.start), &sent.bytes, self.now) {
             Ok(None) => None,
             Ok(Some(Outgoing { ticket, record, is_dead_letter })) => {
@@ -165,6 +180,9 @@ impl World {
             }
             Err(halt) => return self.halt(&halt),
         };
+        if self.relay.passed_over() > passed_over {
+            self.seen.insert("what is published is passed over");
+        }
         self.excuse_diverted();
         let Some((ticket, id, identity, is_dead_letter)) = told else { return };
         let row = self.postgres.row(id);
@@ -218,7 +236,7 @@ impl World {
             self.seen.insert("a keepalive comes in the midst of a transaction");
         }
         let asks = self.rng.bool();
-        self.relay.handle_keepalive(Lsn(end), asks, self.now);
+        self.relay.handle_keepalive(Lsn(end), asks, self.now).expect("the log is its own");
         assert!(!asks || self.relay.next_deadline() <= self.now, "an answer is due at once");
     }
 
@@ -242,8 +260,10 @@ impl World {
             Some(Report::Settled(ticket)) => self.relay.handle_settled(ticket).expect("it is in flight"),
             Some(Report::Checkpointed) => {
                 self.relay.handle_checkpointed();
-                let lsn = self.checkpoint_in_flight.take().expect("one was in flight");
-                self.checkpointed = self.checkpointed.max(lsn);
+                if self.delivery == Delivery::AtLeastOnce {
+                    let lsn = self.checkpoint_in_flight.take().expect("one was in flight");
+                    self.checkpointed = self.checkpointed.max(lsn);
+                }
             }
             Some(Report::Refused(OutboxRow { identity, .. })) => {
                 self.seen.insert("the broker refuses a record");
@@ -254,12 +274,26 @@ impl World {
     }
 
     fn write_checkpoint(&mut self) {
-        if let Some(lsn) = self.relay.take_checkpoint(self.now) {
-            // What a checkpoint says is true when it is written: a new session relies on it.
-            self.ledger.confirmed(lsn.0, &self.postgres, &self.kafka);
-            assert_eq!(self.checkpoint_in_flight.replace(lsn), None, "one at a time");
-            self.kafka.send(Report::Checkpointed, Item::Checkpoint(lsn.0));
+        if let Some(checkpoint) = self.relay.take_checkpoint(self.now) {
+            // What a checkpoint says is true when it is written, or committed: a new session relies on it.
+            if self.delivery == Delivery::AtLeastOnce {
+                self.ledger.confirmed(checkpoint.lsn.0, &self.postgres, &self.kafka);
+            }
+            assert_eq!(self.checkpoint_in_flight.replace(checkpoint.lsn), None, "one at a time");
+            self.kafka.send(Report::Checkpointed, Item::Checkpoint(checkpoint));
         }
+        if self.relay.take_commit() {
+            self.kafka.ask_to_commit();
+        }
+    }
+
+    fn hear_of_commit(&mut self) {
+        let Some(rows) = self.kafka.commit() else { return };
+        self.ledger.committed(&rows, &self.postgres);
+        self.ledger.confirmed(self.kafka.checkpoint.lsn.0, &self.postgres, &self.kafka);
+        self.relay.handle_committed();
+        let lsn = self.checkpoint_in_flight.take().expect("one was in flight");
+        self.checkpointed = self.checkpointed.max(lsn);
     }
 
     fn tell_status(&mut self) {

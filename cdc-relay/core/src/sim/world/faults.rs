@@ -6,9 +6,9 @@ use super::{World, start};
 use crate::{
     Lsn,
     poison::Policy,
-    relay::Halt,
+    relay::{Delivery, Halt},
     sim::{
-        kafka::{LOGS, aggregate},
+        kafka::{Item, LOGS, Report, aggregate},
         postgres::{KEYS, Walsender},
     },
 };
@@ -18,7 +18,18 @@ impl World {
     pub(super) fn halt(&mut self, halt: &Halt) {
         let Halt::Poison { poison, .. } = halt else { panic!("{halt}") };
         assert_eq!(self.policies.of(poison.kind()), Policy::Halt);
+        if let Some(transaction) = self.relay.entangled() {
+            self.seen.insert("a row halts behind others in one of Kafka's transactions");
+            assert_ne!(self.apart, Some(transaction), "what is before it is committed");
+            self.apart = Some(transaction);
+            return self.lose_session();
+        }
         self.seen.insert("the relay halts");
+        if let (Some(apart), Delivery::ExactlyOnce(_)) = (self.apart, self.delivery)
+            && self.relay.is_in_transaction()
+        {
+            self.ledger.confirmed(apart.0, &self.postgres, &self.kafka);
+        }
         if self.rng.bool() {
             let others = [Policy::DeadLetter, Policy::ParkKey, Policy::Skip];
             self.policies = self.policies.with(poison.kind(), others[self.rng.usize(..3)]);
@@ -64,26 +75,36 @@ impl World {
             self.seen.insert("a session ends in the midst of a transaction");
         }
         self.statuses.clear();
-        self.kafka.lose_producer(&mut self.rng);
-        self.relay = start(&self.postgres, &self.kafka, self.policies, self.refused.clone(), self.now);
+        let asked = self.relay.is_committing();
+        let rows = self.kafka.lose_producer(&mut self.rng);
+        if !rows.is_empty() {
+            assert!(asked);
+            self.seen.insert("a commit is not heard of");
+            self.ledger.committed(&rows, &self.postgres);
+        }
+        if self.kafka.checkpoint.part.is_some() {
+            self.seen.insert("a session begins with a transaction that is published in part");
+        }
+        let memory = (self.refused.clone(), self.apart);
+        self.relay = start(self.delivery, &self.postgres, &self.kafka, self.policies, memory, self.now);
         self.walsender = Walsender::new(&self.postgres);
         if self.postgres.log.iter().any(|t| t.commit_lsn == self.postgres.confirmed) {
             self.seen.insert("a transaction begins where the confirmed one ends");
         }
-        if self.kafka.checkpoint > self.postgres.confirmed {
+        if self.kafka.checkpoint.lsn.0 > self.postgres.confirmed {
             self.seen.insert("the checkpoint is ahead of the slot");
         }
         self.reported = Lsn(self.postgres.confirmed);
         self.last_status = self.now;
         self.checkpoint_in_flight = None;
-        self.checkpointed = self.checkpointed.max(Lsn(self.kafka.checkpoint));
+        self.checkpointed = self.checkpointed.max(self.kafka.checkpoint.lsn);
         self.set_listening(true);
     }
 
     /// Somebody has a key's dead letters published and frees it: while all that was read is settled, because a dead
     /// letter of an open transaction would be left behind.
     pub(super) fn redrive(&mut self) {
-        if self.kafka.is_away || !self.relay.progress().is_idle() || self.relay.is_in_transaction() {
+        if self.kafka.is_away || !self.relay.is_at_rest() {
             return;
         }
         let key = self.rng.usize(..KEYS);
@@ -94,10 +115,22 @@ impl World {
     }
 
     fn redrive_key(&mut self, key: usize) {
-        for row in self.kafka.redrive(key, self.relay.progress().confirmed()) {
-            self.ledger.arrived(row);
+        let settled = self.relay.progress().confirmed();
+        if self.delivery == Delivery::AtLeastOnce {
+            for row in self.kafka.redrive(key, settled) {
+                self.ledger.arrived(row);
+            }
+        } else {
+            // They, and that they are published, are committed together.
+            self.relay.set_hold(true);
+            for row in self.kafka.letters(key, settled) {
+                // A real one leaves the rest for later when there are many.
+                let ticket = self.relay.begin_own(1, self.now);
+                self.kafka.send(Report::Settled(ticket), Item::Redriven(row));
+            }
+            self.relay.set_hold(false);
         }
-        self.relay.free(&aggregate(key));
+        self.relay.free(&aggregate(key), self.now);
         self.send_markers();
     }
 
@@ -124,7 +157,7 @@ impl World {
         self.now += Duration::from_millis(100);
         self.read();
         if self.walsender.is_caught_up(&self.postgres) {
-            self.relay.handle_keepalive(Lsn(self.postgres.lsn), true, self.now);
+            self.relay.handle_keepalive(Lsn(self.postgres.lsn), true, self.now).expect("the log is its own");
         }
         for log in 0..LOGS {
             if let Some(row) = self.kafka.arrive(log) {
@@ -133,6 +166,7 @@ impl World {
         }
         self.hear_kafka();
         self.write_checkpoint();
+        self.hear_of_commit();
         self.tell_status();
         self.status_arrives();
     }
@@ -142,6 +176,9 @@ impl World {
         for _ in 0..3 {
             self.shut_down_postgres();
             (0..KEYS).for_each(|key| self.redrive_key(key));
+            while !self.relay.is_at_rest() {
+                self.go_on();
+            }
         }
         self.ledger.finish(&self.postgres);
     }
