@@ -115,6 +115,10 @@ test *args:
 bench *args:
     cargo xtask bench "$@"
 
+# Everything is killed, stopped and cut off at random, and nothing may be lost: `just chaos --kills 300`
+chaos *args:
+    cargo xtask chaos "$@"
+
 # The relay's tests that depend on the version of Postgres, on the older ones; 18 has them all
 test-versions *versions="15 16 17":
     #!/usr/bin/env bash

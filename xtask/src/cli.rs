@@ -42,6 +42,48 @@ pub(crate) enum Command {
     /// Measure the relay, the API and the consumer, on servers of their own
     #[command(subcommand)]
     Bench(Bench),
+    /// Kill, stop and cut off everything at random moments under load, and check that nothing is lost, repeated or out
+    /// of order
+    Chaos(Chaos),
+}
+
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Chaos {
+    /// The campaign's folder: its data, logs and journals [default: .stack/chaos in the repository]
+    #[arg(long, value_name = "DIR")]
+    pub dir: Option<PathBuf>,
+    /// Decides which faults happen, in which order and when [default: a new one]; that of a campaign that was stopped
+    /// goes on with it
+    #[arg(long, value_name = "SEED")]
+    pub seed: Option<u64>,
+    /// The same campaign from its beginning again
+    #[arg(long, value_name = "SEED", conflicts_with = "seed")]
+    pub replay: Option<u64>,
+    /// How many faults, those that a stopped campaign has done included [default: 100, or as many as --minutes allow]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=100_000))]
+    pub kills: Option<u64>,
+    /// Begin no further round after so many minutes
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=10_000))]
+    pub minutes: Option<u64>,
+    /// What the relay promises, and is held to
+    #[arg(long, value_enum, default_value = "at-least-once")]
+    pub delivery: Delivery,
+    /// The version of Postgres
+    #[arg(long, value_enum, default_value = "18", env = POSTGRES)]
+    pub postgres: Postgres,
+    /// Print the table as JSON on standard output
+    #[arg(long)]
+    pub json: bool,
+    /// Take the services' binaries as they are
+    #[arg(long, env = NO_BUILD)]
+    pub no_build: bool,
+}
+
+/// How the relay delivers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Delivery {
+    AtLeastOnce,
+    ExactlyOnce,
 }
 
 #[derive(Debug, Clone, Args)]
@@ -315,6 +357,13 @@ pub(crate) const SERVICES: [&str; 8] = [
 
 impl OrderHandler {
     /// As the consumer calls it.
+    pub(crate) fn name(self) -> String {
+        self.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
+    }
+}
+
+impl Delivery {
+    /// As the relay calls it.
     pub(crate) fn name(self) -> String {
         self.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
     }

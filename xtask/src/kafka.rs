@@ -45,6 +45,16 @@ pub(crate) struct Kafka<'a> {
     pub ports: &'a Ports,
     /// Further settings of every broker; a name that ends with `+` adds to a list.
     pub settings: &'a [(String, String)],
+    /// A second listener of each broker's, for clients that come by a proxy; none where this is empty.
+    pub proxied: &'a [Proxied],
+}
+
+/// A listener behind a proxy.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Proxied {
+    pub port: u16,
+    /// The proxy's port, which the broker tells its clients.
+    pub advertised: u16,
 }
 
 impl Kafka<'_> {
@@ -83,7 +93,9 @@ impl Kafka<'_> {
             let folder = self.folder(id);
             fs::create_dir_all(&folder).explain(|| format!("create {}", folder.display()))?;
             let conf = self.conf(id);
-            let text = with_settings(properties(self.ports, id), self.settings);
+            let own: Vec<_> =
+                self.proxied.get(id - 1).into_iter().flat_map(|proxied| proxied.settings()).collect();
+            let text = with_settings(with_settings(properties(self.ports, id), &own), self.settings);
             fs::write(&conf, text).explain(|| format!("write {}", conf.display()))?;
             if !folder.join("log/meta.properties").is_file() {
                 formatting.push((id, self.format(id, &cluster)?));
@@ -150,6 +162,17 @@ impl Kafka<'_> {
             probe: Probe::Kafka { port },
             grace: Duration::from_secs(20),
         }
+    }
+}
+
+impl Proxied {
+    fn settings(self) -> [(String, String); 3] {
+        let set = |name: &str, value: String| (name.to_owned(), value);
+        [
+            set("listeners+", format!("PROXIED://127.0.0.1:{}", self.port)),
+            set("advertised.listeners+", format!("PROXIED://127.0.0.1:{}", self.advertised)),
+            set("listener.security.protocol.map+", "PROXIED:PLAINTEXT".to_owned()),
+        ]
     }
 }
 

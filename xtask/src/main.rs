@@ -77,6 +77,7 @@ async fn run(command: &Command) -> Result<()> {
         Command::Sim(args) => sim::sim(args).await,
         Command::Fuzz(args) => fuzz::fuzz(args).await,
         Command::Bench(command) => bench::bench(command).await,
+        Command::Chaos(args) => Box::pin(chaos::chaos(args)).await,
     }
 }
 

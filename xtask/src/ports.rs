@@ -67,12 +67,25 @@ pub(crate) fn choose(up: &Up, claims: &Path) -> Result<(Ports, Option<File>)> {
             Err(port) => Err(in_use(port, owner(port))),
         };
     }
+    in_a_block(claims, |block| auto(up, block, is_free)).map(|(ports, claim)| (ports, Some(claim)))
+}
+
+/// So many free ports from one block, and the claim on it.
+pub(crate) fn further(count: usize, claims: &Path) -> Result<(Vec<u16>, File)> {
+    in_a_block(claims, |block| {
+        let ports: Vec<u16> = (block..block + AUTO_BLOCK).filter(|port| is_free(*port)).take(count).collect();
+        (ports.len() == count).then_some(ports)
+    })
+}
+
+/// Takes what it needs from the first block that nobody has claimed and that has it.
+fn in_a_block<T>(claims: &Path, take: impl Fn(u16) -> Option<T>) -> Result<(T, File)> {
     let start = u16::try_from(std::process::id() % u32::from(AUTO_BLOCKS)).unwrap_or(0);
     for step in 0..AUTO_BLOCKS {
         let block = AUTO_FROM + (start + step) % AUTO_BLOCKS * AUTO_BLOCK;
         let Some(claim) = claim(claims, block)? else { continue };
-        if let Some(ports) = auto(up, block, is_free) {
-            return Ok((ports, Some(claim)));
+        if let Some(taken) = take(block) {
+            return Ok((taken, claim));
         }
     }
     Err(Failure::new("no free ports between 20000 and 32648"))

@@ -203,12 +203,31 @@ fn relay_env(ports: &Ports, service: &str) -> Vec<(&'static str, String)> {
 /// Makes the tables and slots that services need before there is one, by the commands that a user would use: the
 /// consumers' tables, then each relay's slot. Nothing happens when they are there.
 pub(crate) async fn init(layout: &Layout, ports: &Ports) -> Result<()> {
-    let migrate = vec![("CONSUMER_POSTGRES__URL", consumers(ports))];
-    once(layout, "consumers-migrate", "consumer", "migrate", migrate).await?;
+    migrate(layout, ports).await?;
     for relay in ["cdc-relay", "consumers-relay"] {
-        once(layout, &format!("{relay}-init"), "cdc-relay", "init", relay_env(ports, relay)).await?;
+        relay_once(layout, ports, relay, &["init"], Vec::new()).await?;
     }
     Ok(())
+}
+
+/// Makes the consumers' tables.
+pub(crate) async fn migrate(layout: &Layout, ports: &Ports) -> Result<()> {
+    let env = vec![("CONSUMER_POSTGRES__URL", consumers(ports))];
+    once(layout, "consumers-migrate", "consumer", &["migrate"], env).await
+}
+
+/// Runs a command of a relay's to its end, with further configuration.
+pub(crate) async fn relay_once(
+    layout: &Layout,
+    ports: &Ports,
+    relay: &str,
+    args: &[&str],
+    further: Vec<(&'static str, String)>,
+) -> Result<()> {
+    let name = format!("{relay}-{}", args.first().unwrap_or(&"run"));
+    let mut env = relay_env(ports, relay);
+    env.extend(further);
+    once(layout, &name, "cdc-relay", args, env).await
 }
 
 /// Runs a command of a package to its end.
@@ -216,14 +235,14 @@ pub(crate) async fn once(
     layout: &Layout,
     name: &str,
     package: &str,
-    command: &str,
+    args: &[&str],
     env: Vec<(&'static str, String)>,
 ) -> Result<()> {
     let path = layout.log(name);
     let log = open_log(&path)?;
     let errors = log.try_clone().explain(|| format!("write {}", path.display()))?;
     let status = tokio::process::Command::new(binary(package)?)
-        .arg(command)
+        .args(args)
         .envs(env)
         .current_dir(&layout.dir)
         .stdin(Stdio::null())
@@ -232,10 +251,10 @@ pub(crate) async fn once(
         .kill_on_drop(true)
         .status()
         .await
-        .explain(|| format!("start {package} {command}"))?;
+        .explain(|| format!("start {package} {}", args.join(" ")))?;
     if status.success() {
         return Ok(());
     }
-    let why = format!("{package} {command} failed: {}", ending::describe(status));
+    let why = format!("{package} {} failed: {}", args.join(" "), ending::describe(status));
     Err(logs::with_tail(Failure::new(why), &path))
 }

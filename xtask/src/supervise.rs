@@ -155,7 +155,7 @@ pub(crate) fn already(layout: &Layout) -> Failure {
 }
 
 /// `--fresh`: data and logs go, downloads stay.
-fn wipe(layout: &Layout) -> Result<()> {
+pub(crate) fn wipe(layout: &Layout) -> Result<()> {
     for folder in [layout.data(), layout.conf()] {
         fs::remove_dir_all(&folder).explain(|| format!("remove {}", folder.display()))?;
         fs::create_dir(&folder).explain(|| format!("create {}", folder.display()))?;
@@ -209,7 +209,8 @@ async fn start_kafka(up: &Up, desk: &Desk, crew: &Crew, ports: &Ports) -> Result
     let version = kafka::version(&jars);
     let wanted = topics::read(&layout.root)?;
     let step = progress.step("starting Kafka");
-    let broker = Kafka { layout, java: prerequisites::java()?, jars, ports, settings: &up.kafka_set };
+    let broker =
+        Kafka { layout, java: prerequisites::java()?, jars, ports, settings: &up.kafka_set, proxied: &[] };
     broker.prepare().await?;
     for id in broker.ids() {
         crew.hire(broker.spec(id))?;

@@ -88,11 +88,23 @@ pub(crate) async fn create(bootstrap: &str, topics: Vec<Topic>, replication: i32
         })
         .collect();
     let options = AdminOptions::new().operation_timeout(Some(LIMIT)).request_timeout(Some(LIMIT));
-    let results = admin.create_topics(&wanted, &options).await.explain(|| "create the topics".to_owned())?;
-    for result in results {
-        match result {
-            Ok(_) | Err((_, RDKafkaErrorCode::TopicAlreadyExists)) => {}
-            Err((name, code)) => return Err(Failure::new(format!("cannot create the topic {name}: {code}"))),
+    let until = std::time::Instant::now() + LIMIT;
+    loop {
+        let results =
+            admin.create_topics(&wanted, &options).await.explain(|| "create the topics".to_owned())?;
+        let refused = results.into_iter().find_map(|result| match result {
+            Ok(_) | Err((_, RDKafkaErrorCode::TopicAlreadyExists)) => None,
+            Err(refused) => Some(refused),
+        });
+        match refused {
+            None => break,
+            // The controller has not heard of all brokers yet.
+            Some((_, RDKafkaErrorCode::InvalidReplicationFactor)) if std::time::Instant::now() < until => {
+                tokio::time::sleep(LOOK_INTERVAL).await;
+            }
+            Some((name, code)) => {
+                return Err(Failure::new(format!("cannot create the topic {name}: {code}")));
+            }
         }
     }
     let count = topics.len();

@@ -31,17 +31,22 @@ pub(crate) fn tell(line: &str) {
 /// One stack at a time: each is a machine's worth of processes.
 static ALONE: Mutex<()> = Mutex::new(());
 
+/// Nobody else's stack runs as long as this is held.
+pub(crate) fn alone() -> MutexGuard<'static, ()> {
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 pub(crate) struct Stack {
     dir: PathBuf,
     _alone: MutexGuard<'static, ()>,
 }
 
-fn repository() -> &'static Path {
+pub(crate) fn repository() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()
 }
 
 /// The project's own command, as `cargo xtask` would run it.
-fn xtask() -> Command {
+pub(crate) fn xtask() -> Command {
     // This test's binary is target/release/deps/…, and what it starts is two folders up.
     let binary = std::env::current_exe().unwrap().parent().unwrap().parent().unwrap().join("xtask");
     assert!(binary.exists(), "{} is missing: run the tests by `cargo xtask test`", binary.display());
@@ -52,7 +57,7 @@ fn xtask() -> Command {
 
 impl Stack {
     pub(crate) fn start(name: &str, options: &[&str]) -> Self {
-        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        let alone = alone();
         let dir = repository().join(".stack").join(format!("e2e-{name}-{}", std::process::id()));
         let stack = Self { dir, _alone: alone };
         let mut up = xtask();

@@ -214,7 +214,8 @@ impl Checker {
         Ok((counts, self.books.lock().await.comparison.complete()))
     }
 
-    /// Drops the slot, which would hold the log.
+    /// Drops the slot, which would hold the log of servers that are used again.
+    #[cfg(test)]
     pub(crate) async fn close(self) -> Result<()> {
         let mut connection = connection::open(&self.targets.postgres_url).await?;
         drop_slot(&mut connection, &self.slot).await

@@ -72,16 +72,6 @@ impl Load {
         Ok(())
     }
 
-    /// Lets the writers rest, once each is done with what it is at.
-    pub(crate) fn pause(&self) {
-        self.gate.pause();
-    }
-
-    /// Lets them go on.
-    pub(crate) fn resume(&self) {
-        self.gate.resume();
-    }
-
     /// Stops the writers and waits for them; what one is at is given up or ends within some seconds.
     pub(crate) async fn stop(mut self) -> Result<LoadReport> {
         self.gate.stop();
@@ -129,8 +119,6 @@ mod tests {
             topics: Vec::new(),
         };
         let load = Load::start(&targets, 7).unwrap();
-        load.pause();
-        load.resume();
         let report = load.stop().await.unwrap();
         assert_eq!((report.requests, report.committed), (0, 0), "{report:?}");
     }

@@ -1,0 +1,213 @@
+//! Carrying faults out: each breaks something, waits, and mends it again.
+
+use std::{fs, sync::Arc, time::Duration};
+
+use rustix::process::Signal;
+use sqlx::{Connection, PgConnection};
+
+use super::{
+    actor::{Actor, Held},
+    plan::{Fault, Planned},
+    proxy::{Link, Way},
+    stage::Stage,
+};
+use crate::{
+    ending,
+    failure::{Explain, Failure, Result},
+    identity, logs, postgres,
+};
+
+/// How long a relay may take to stop when asked to: its drain, and some more on a busy machine.
+const TERM_LIMIT: Duration = Duration::from_secs(30);
+/// How a relay may end that was asked to: drained, or cut short because Postgres or Kafka is away, which it says.
+const TERM_CODES: [i32; 2] = [0, 75];
+/// How long Postgres may take to stop at once.
+const IMMEDIATE_LIMIT: Duration = Duration::from_secs(20);
+/// How long each delay is on.
+const DELAY_LASTS: Duration = Duration::from_secs(3);
+/// How long one question to a server may take.
+const ASK_LIMIT: Duration = Duration::from_secs(2);
+
+/// Carries one fault out, and says what it hit.
+pub(super) async fn strike(stage: &Stage, planned: Planned) -> Result<String> {
+    match planned.fault {
+        Fault::RelayKill => kill(stage, relay(stage, planned.pick).await?, planned).await,
+        Fault::RelayPause => pause(stage, relay(stage, planned.pick).await?, planned).await,
+        Fault::RelayTerm => term(stage, relay(stage, planned.pick).await?, planned).await,
+        Fault::BrokerKill => kill(stage, broker(stage, planned.pick)?, planned).await,
+        Fault::ControllerKill => kill(stage, controller(stage)?, planned).await,
+        Fault::BrokerPause => pause(stage, broker(stage, planned.pick)?, planned).await,
+        Fault::PostgresImmediate => immediate(stage, stage.actor("postgres")?, planned).await,
+        Fault::PostgresCrash => kill(stage, stage.actor("postgres")?, planned).await,
+        Fault::WalsenderKill => kill_walsender(stage).await,
+        Fault::ConsumerKill => kill(stage, consumer(stage, planned.pick)?, planned).await,
+        Fault::ConsumersPostgresCrash => kill(stage, stage.actor("consumers-postgres")?, planned).await,
+        Fault::PostgresCut => cut(&stage.postgres_link, planned).await,
+        Fault::KafkaCut => cut(&stage.kafka_link, planned).await,
+        Fault::PostgresDelay => delay(&stage.postgres_link, planned).await,
+        Fault::KafkaDelay => delay(&stage.kafka_link, planned).await,
+        Fault::PostgresHalfClose => Ok(half_close(&stage.postgres_link, planned)),
+        Fault::KafkaHalfClose => Ok(half_close(&stage.kafka_link, planned)),
+        // Needs a stage on which nobody writes.
+        Fault::SlotQuota => Err(Failure::new("the quota is filled between rounds only")),
+    }
+}
+
+/// Holds a process that runs: one that ended by itself is a violation, and is started first.
+pub(super) async fn hold<'a>(stage: &Stage, actor: &'a Actor) -> Result<Held<'a>> {
+    let mut held = actor.hold().await;
+    if let Some(how) = held.ended_by_itself() {
+        stage.violation(how);
+        held.start().await?;
+    }
+    Ok(held)
+}
+
+async fn kill(stage: &Stage, actor: &Arc<Actor>, planned: Planned) -> Result<String> {
+    let mut held = hold(stage, actor).await?;
+    held.kill().await?;
+    tokio::time::sleep(planned.lasts()).await;
+    held.start().await?;
+    Ok(actor.spec.name.clone())
+}
+
+async fn pause(stage: &Stage, actor: &Arc<Actor>, planned: Planned) -> Result<String> {
+    let held = hold(stage, actor).await?;
+    held.signal(Signal::STOP);
+    tokio::time::sleep(planned.lasts()).await;
+    held.signal(Signal::CONT);
+    Ok(format!("{} for {} ms", actor.spec.name, planned.lasts_ms))
+}
+
+async fn term(stage: &Stage, actor: &Arc<Actor>, planned: Planned) -> Result<String> {
+    let mut held = hold(stage, actor).await?;
+    held.signal(Signal::TERM);
+    let status = held.ended(TERM_LIMIT).await?;
+    if let Some(status) =
+        status.filter(|status| !status.code().is_some_and(|code| TERM_CODES.contains(&code)))
+    {
+        let failure = Failure::new(format!("{} at SIGTERM: {}", actor.spec.name, ending::describe(status)));
+        stage.violation(logs::with_tail(failure, &actor.spec.log).to_string());
+    }
+    tokio::time::sleep(planned.lasts()).await;
+    held.start().await?;
+    let how = status.map(ending::describe).unwrap_or_default();
+    Ok(format!("{}, {how}", actor.spec.name))
+}
+
+async fn immediate(stage: &Stage, actor: &Arc<Actor>, planned: Planned) -> Result<String> {
+    let mut held = hold(stage, actor).await?;
+    held.signal(Signal::QUIT);
+    held.ended(IMMEDIATE_LIMIT).await?;
+    tokio::time::sleep(planned.lasts()).await;
+    held.start().await?;
+    Ok(actor.spec.name.clone())
+}
+
+async fn cut(link: &Link, planned: Planned) -> Result<String> {
+    link.cut();
+    tokio::time::sleep(planned.lasts()).await;
+    link.heal();
+    Ok(format!("for {} ms", planned.lasts_ms))
+}
+
+async fn delay(link: &Link, planned: Planned) -> Result<String> {
+    link.delay(planned.lasts());
+    tokio::time::sleep(DELAY_LASTS).await;
+    link.heal();
+    Ok(format!("of {} ms", planned.lasts_ms))
+}
+
+fn half_close(link: &Link, planned: Planned) -> String {
+    let way = if planned.pick.is_multiple_of(2) { Way::ToServer } else { Way::ToRelay };
+    link.half_close(way);
+    match way {
+        Way::ToServer => "to the server".to_owned(),
+        Way::ToRelay => "to the relay".to_owned(),
+    }
+}
+
+fn pick<'a>(from: &[&'a Arc<Actor>], pick: u32) -> Result<&'a Arc<Actor>> {
+    let at = usize::try_from(pick).unwrap_or(0) % from.len().max(1);
+    from.get(at).copied().ok_or_else(|| Failure::new("there is nobody to pick"))
+}
+
+/// Three times of four the relay that streams, else any of the two.
+async fn relay(stage: &Stage, choice: u32) -> Result<&Arc<Actor>> {
+    let relays = stage.instances("cdc-relay");
+    if !choice.is_multiple_of(4) {
+        for relay in &relays {
+            if is_streaming(relay).await {
+                return Ok(*relay);
+            }
+        }
+    }
+    pick(&relays, choice / 4)
+}
+
+async fn is_streaming(relay: &Actor) -> bool {
+    let url = format!("http://127.0.0.1:{}/health/ready", relay.spec.port);
+    let asked = tokio::task::spawn_blocking(move || {
+        let agent = ureq::Agent::config_builder().timeout_global(Some(ASK_LIMIT)).build().new_agent();
+        agent.get(&url).call().ok()?.body_mut().read_to_string().ok()
+    });
+    asked.await.ok().flatten().is_some_and(|text| text.contains("\"streaming\""))
+}
+
+fn consumer(stage: &Stage, choice: u32) -> Result<&Arc<Actor>> {
+    let consumers: Vec<_> =
+        stage.actors.values().filter(|actor| actor.spec.layer == crate::spec::Layer::Consumer).collect();
+    pick(&consumers, choice)
+}
+
+/// A broker that is not the active controller.
+fn broker(stage: &Stage, choice: u32) -> Result<&Arc<Actor>> {
+    let controller = controller(stage)?;
+    let others: Vec<_> = stage
+        .instances("kafka")
+        .into_iter()
+        .filter(|actor| actor.spec.name != controller.spec.name)
+        .collect();
+    pick(&others, choice)
+}
+
+/// The broker that leads the quorum, from what each has written down about its last election.
+fn controller(stage: &Stage) -> Result<&Arc<Actor>> {
+    let brokers = stage.instances("kafka");
+    let election = |broker: &&Arc<Actor>| {
+        let path = broker.spec.cwd.join("log/__cluster_metadata-0/quorum-state");
+        let state: serde_json::Value = serde_json::from_slice(&fs::read(path).ok()?).ok()?;
+        Some((state["leaderEpoch"].as_i64()?, state["leaderId"].as_u64().filter(|id| *id > 0)?))
+    };
+    let leader = brokers.iter().filter_map(election).max().map(|(_, id)| format!("kafka-{id}"));
+    let leader = leader.ok_or_else(|| Failure::new("no broker knows the controller"))?;
+    stage.actor(&leader)
+}
+
+/// kill -9 of the backend that serves the relay's slot: Postgres ends all others and recovers.
+async fn kill_walsender(stage: &Stage) -> Result<String> {
+    let actor = stage.actor("postgres")?;
+    let _held = hold(stage, actor).await?;
+    let asked = tokio::time::timeout(ASK_LIMIT, walsender(stage)).await;
+    let Ok(Ok(Some(pid))) = asked else { return Ok("nobody: the slot was not in use".to_owned()) };
+    if !postgres::inhabitants(&actor.spec.cwd).contains(&pid) {
+        return Ok("nobody: it had gone".to_owned());
+    }
+    identity::send(pid, Signal::KILL);
+    Ok(format!("process {pid}"))
+}
+
+async fn walsender(stage: &Stage) -> Result<Option<u32>> {
+    let mut connection = connect(stage).await?;
+    let pid: Option<Option<i32>> =
+        sqlx::query_scalar("SELECT active_pid FROM pg_replication_slots WHERE slot_name = 'cdc_relay'")
+            .fetch_optional(&mut connection)
+            .await
+            .explain(|| "look at the slot".to_owned())?;
+    Ok(pid.flatten().and_then(|pid| u32::try_from(pid).ok()))
+}
+
+pub(super) async fn connect(stage: &Stage) -> Result<PgConnection> {
+    let url = &stage.targets.postgres_url;
+    PgConnection::connect(url).await.explain(|| "connect to the orders' Postgres".to_owned())
+}
