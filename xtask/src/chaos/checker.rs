@@ -75,6 +75,7 @@ impl Checker {
     /// Makes the slot. To be called before anything is written: the relay has nothing left to publish, and the consumers'
     /// tables are empty. A slot that an earlier checker left behind is made anew.
     pub(crate) async fn create(targets: &Targets) -> Result<Self> {
+        tables::empty(&targets.consumers_url).await?;
         let mut connection = connection::open(&targets.postgres_url).await?;
         let what = || "make the checker's slot".to_owned();
         // Slots belong to the cluster, so each database has a name for its own.

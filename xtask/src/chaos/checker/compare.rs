@@ -23,7 +23,7 @@ pub(super) struct Record {
     /// Likewise: the LSN of the commit.
     pub(super) lsn: Option<Lsn>,
     /// Likewise: its ordinal in the transaction.
-    pub(super) seq: Option<u64>,
+    pub(super) seq: Option<u32>,
     /// Whether it says that it is an order's event.
     pub(super) of_order: bool,
     pub(super) content: Content,
@@ -47,6 +47,8 @@ pub(super) struct Comparison {
 struct Entry {
     committed: Option<Committed>,
     seen: Option<Seen>,
+    /// Few have any, so few take the room.
+    again: Option<Box<Again>>,
     /// A verdict was given of it, and nothing has changed since.
     told: bool,
 }
@@ -59,7 +61,7 @@ struct Committed {
     after: Lsn,
     /// … and it ends here.
     end: Lsn,
-    topic: usize,
+    topic: u16,
     murmur2: u32,
     content: Content,
 }
@@ -69,18 +71,23 @@ struct Committed {
 struct Seen {
     place: Place,
     lsn: Option<Lsn>,
-    seq: Option<u64>,
+    seq: Option<u32>,
     content: Content,
-    /// How many more there are since the last verdict.
-    repeats: u64,
-    last_repeat: Place,
-    /// The first of those that is not the same record.
+}
+
+/// The further records of an id.
+#[derive(Debug, Default)]
+struct Again {
+    /// How many there are since the last verdict.
+    count: u64,
+    last: Place,
+    /// The first that is not the same record.
     other: Option<Place>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 struct Place {
-    topic: usize,
+    topic: u16,
     partition: i32,
     offset: i64,
 }
@@ -91,6 +98,7 @@ struct Pair {
     id: Uuid,
     row: Committed,
     seen: Seen,
+    other: Option<Place>,
     told: bool,
 }
 
@@ -130,31 +138,32 @@ impl Comparison {
         };
         let Record { lsn, seq, content, .. } = *record;
         let entry = self.entries.entry(id).or_default();
-        let Some(first) = &mut entry.seen else {
+        let Some(first) = entry.seen else {
             entry.told = false;
             self.missing -= u64::from(entry.committed.is_some());
-            entry.seen = Some(Seen { place, lsn, seq, content, repeats: 0, last_repeat: place, other: None });
+            entry.seen = Some(Seen { place, lsn, seq, content });
             return true;
         };
         self.counts.duplicates += 1;
-        first.repeats += 1;
-        first.last_repeat = place;
+        let again = entry.again.get_or_insert_default();
+        again.count += 1;
+        again.last = place;
         let same = (first.place.topic, first.place.partition) == (place.topic, place.partition)
             && (first.lsn, first.seq, first.content) == (lsn, seq, content);
-        if !same && first.other.is_none() {
+        if !same && again.other.is_none() {
             entry.told = false;
-            first.other = Some(place);
+            again.other = Some(place);
         }
         false
+    }
+
+    pub(super) fn counts(&self) -> Counts {
+        self.counts
     }
 
     /// The topics that rows were committed for, or records read of.
     pub(super) fn topics(&self) -> &[String] {
         &self.topics
-    }
-
-    pub(super) fn counts(&self) -> Counts {
-        self.counts
     }
 
     /// Whether every row has a record.
@@ -173,18 +182,19 @@ impl Comparison {
         let mut entries: Vec<(&Uuid, &Entry)> = self.entries.iter().collect();
         // So that examples are the first ones.
         entries.sort_by_key(|(_, entry)| (entry.committed.map(|row| row.order), entry.seen.map(|s| s.place)));
-        for (&id, &Entry { committed, seen, told }) in entries {
-            match (committed, seen) {
-                (Some(row), Some(seen)) => pairs.push(Pair { id, row, seen, told }),
-                (Some(row), None) if !told => verdict.add(Kind::Missing, || {
-                    let topic = &self.topics[row.topic];
+        for (&id, entry) in entries {
+            let other = entry.again.as_ref().and_then(|again| again.other);
+            match (entry.committed, entry.seen) {
+                (Some(row), Some(seen)) => pairs.push(Pair { id, row, seen, other, told: entry.told }),
+                (Some(row), None) if !entry.told => verdict.add(Kind::Missing, || {
+                    let topic = &self.topics[usize::from(row.topic)];
                     format!("{topic} has no record of id {id}, commit before {}", row.end)
                 }),
-                (None, Some(seen)) if !told => verdict
+                (None, Some(seen)) if !entry.told => verdict
                     .add(Kind::Foreign, || format!("{}: id {id} was never committed", self.at(seen.place))),
                 _ => {}
             }
-            self.repeated(id, seen, &mut verdict);
+            self.repeated(id, entry, &mut verdict);
         }
         for &place in &self.nameless {
             verdict.add(Kind::Foreign, || format!("{}: the header id is no UUID", self.at(place)));
@@ -195,19 +205,19 @@ impl Comparison {
         self.told = self.counts;
         for entry in self.entries.values_mut() {
             entry.told = true;
-            if let Some(seen) = &mut entry.seen {
-                seen.repeats = 0;
+            if let Some(again) = &mut entry.again {
+                again.count = 0;
             }
         }
         verdict
     }
 
-    fn repeated(&self, id: Uuid, seen: Option<Seen>, verdict: &mut Verdict) {
-        let Some(seen) = seen else { return };
-        for _ in 0..seen.repeats {
+    fn repeated(&self, id: Uuid, entry: &Entry, verdict: &mut Verdict) {
+        let (Some(seen), Some(again)) = (&entry.seen, &entry.again) else { return };
+        for _ in 0..again.count {
             verdict.add(Kind::Duplicate, || {
-                let (first, last) = (self.at(seen.place), self.at(seen.last_repeat));
-                format!("id {id} is at {first} and, {} more, up to {last}", seen.repeats)
+                let (first, last) = (self.at(seen.place), self.at(again.last));
+                format!("id {id} is at {first} and {} times more, the last at {last}", again.count)
             });
         }
     }
@@ -232,11 +242,15 @@ impl Comparison {
         }
     }
 
-    fn mistakes(&self, Pair { row, seen, .. }: &Pair, partitions: &BTreeMap<String, i32>) -> Vec<String> {
+    fn mistakes(
+        &self,
+        Pair { row, seen, other, .. }: &Pair,
+        partitions: &BTreeMap<String, i32>,
+    ) -> Vec<String> {
         let differences = row.content.differences(&seen.content);
         let mut mistakes: Vec<String> =
             differences.into_iter().map(|part| format!("{part} is not the row's")).collect();
-        let topic = &self.topics[row.topic];
+        let topic = &self.topics[usize::from(row.topic)];
         let count = partitions.get(topic).copied().unwrap_or(0);
         let wanted = u32::try_from(count).ok().and_then(|count| row.murmur2.checked_rem(count));
         if row.topic != seen.place.topic {
@@ -254,8 +268,8 @@ impl Comparison {
         if seen.seq.is_none() {
             mistakes.push("the header seq is no number".to_owned());
         }
-        if let Some(other) = seen.other {
-            mistakes.push(format!("{} is another record of the same id", self.at(other)));
+        if let Some(other) = other {
+            mistakes.push(format!("{} is another record of the same id", self.at(*other)));
         }
         mistakes
     }
@@ -298,14 +312,16 @@ impl Comparison {
     }
 
     fn at(&self, place: Place) -> String {
-        format!("{}/{}@{}", self.topics[place.topic], place.partition, place.offset)
+        format!("{}/{}@{}", self.topics[usize::from(place.topic)], place.partition, place.offset)
     }
 
-    fn topic(&mut self, name: &str) -> usize {
-        self.topics.iter().position(|known| known == name).unwrap_or_else(|| {
+    fn topic(&mut self, name: &str) -> u16 {
+        let known = self.topics.iter().position(|known| known == name);
+        let at = known.unwrap_or_else(|| {
             self.topics.push(name.to_owned());
             self.topics.len() - 1
-        })
+        });
+        u16::try_from(at).expect("a stage has a handful of topics")
     }
 }
 

@@ -11,13 +11,33 @@ use crate::{
         fold::{Fold, Row, Table},
         verdict::{Kind, Verdict},
     },
-    failure::{Explain, Result},
+    failure::{Explain, Failure, Result},
 };
 
 /// Rows that are asked for at a time.
 const PAGE_ROWS: usize = 5_000;
 /// How long one question may take.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
+
+/// Makes sure that the tables are new.
+pub(super) async fn empty(url: &str) -> Result<()> {
+    let mut connection = connection::open(url).await?;
+    for table in Table::ALL {
+        let name = table.name();
+        let sql = format!("SELECT count(*) FROM {name}");
+        let ask = sqlx::query_scalar::<_, i64>(AssertSqlSafe(sql)).fetch_one(&mut connection);
+        let rows =
+            connection::within(ANSWER_LIMIT, ask).await.explain(|| format!("count the rows of {name}"))?;
+        if rows > 0 {
+            let plural = if rows == 1 { "" } else { "s" };
+            return Err(Failure::new(format!("{name} has {rows} row{plural} before anything was written"))
+                .hint(
+                    "start on new databases: what is in the tables is held against the events from now on",
+                ));
+        }
+    }
+    Ok(())
+}
 
 /// Whether every table has taken in as much as there is.
 pub(super) async fn caught_up(url: &str, fold: &Fold) -> Result<bool> {

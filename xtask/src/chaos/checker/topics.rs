@@ -104,6 +104,8 @@ impl Reader {
             .set("isolation.level", "read_committed")
             .set("enable.partition.eof", "true")
             .set("enable.auto.commit", "false")
+            // Where a log has become shorter, nothing is skipped in silence.
+            .set("auto.offset.reset", "error")
             // It is asked for and never used: nothing is committed, and partitions are assigned by us.
             .set("group.id", "chaos-checker")
             // What is fetched ahead, in KiB.
