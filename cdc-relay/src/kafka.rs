@@ -157,6 +157,8 @@ impl Producer {
         let for_lookup = client.clone();
         if let Some(Transactional { id, timeout }) = &transactional {
             client.set("transactional.id", id).set("transaction.timeout.ms", timeout.as_millis().to_string());
+            // No gap can be committed, and the guarantee would hide why a transaction failed.
+            client.set("enable.gapless.guarantee", "false");
             if !config.properties.contains_key("linger.ms") {
                 client.set("linger.ms", TRANSACTIONAL_LINGER_MS);
             }

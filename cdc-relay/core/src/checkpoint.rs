@@ -63,6 +63,11 @@ impl Passage {
         !self.is_over && self.checkpoint.covers(row)
     }
 
+    /// Whether it came to its end, and all was as it should be.
+    pub(crate) fn is_over(&self) -> bool {
+        self.is_over
+    }
+
     /// A transaction begins.
     pub(crate) fn begin(&mut self, mark: Mark) -> Result<(), Halt> {
         if self.is_over {
@@ -81,12 +86,18 @@ impl Passage {
     }
 
     fn end(&mut self) -> Result<(), Halt> {
-        self.is_over = true;
-        let Some(last) = self.checkpoint.last else { return Ok(()) };
-        match self.seen {
-            Some(seen) if seen == last => Ok(()),
-            None if last.commit_lsn < self.confirmed => Ok(()),
-            seen => Err(Halt::AnotherLog { published: last, found: seen, checkpoint: self.checkpoint.lsn }),
+        let seen = self.seen;
+        match self.checkpoint.last {
+            Some(last)
+                if seen.is_some_and(|seen| seen != last)
+                    || (seen.is_none() && last.commit_lsn >= self.confirmed) =>
+            {
+                Err(Halt::AnotherLog { published: last, found: seen, checkpoint: self.checkpoint.lsn })
+            }
+            _ => {
+                self.is_over = true;
+                Ok(())
+            }
         }
     }
 }

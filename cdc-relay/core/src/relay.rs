@@ -361,6 +361,10 @@ impl Relay {
     pub fn confirmed(&self) -> Lsn {
         // A checkpoint may be ahead of what a server remembers that crashed.
         let covered = self.checkpoint.unwrap_or_default().lsn;
+        // What is passed over is not ours to confirm before it is known to be what was published.
+        if self.passage.as_ref().is_some_and(|passage| !passage.is_over()) {
+            return self.reported;
+        }
         self.progress.confirmed().min(covered).max(self.reported)
     }
 

@@ -7,6 +7,7 @@ mod certificates;
 mod database;
 mod delivery;
 mod dlq;
+mod exactly_once;
 mod extremes;
 mod failures;
 mod idle;
