@@ -12,7 +12,7 @@ use crate::{
     admin::Metrics,
     config::Settings,
     error::Error,
-    replication::{connection::Connection, handshake::Purpose},
+    replication::{connection::Connection, handshake::Purpose, place::Place},
     shared::Shared,
 };
 
@@ -29,7 +29,7 @@ pub(crate) fn run(shared: &Shared, stop: &Receiver<()>) {
     let (settings, metrics) = (&*shared.settings, &shared.metrics);
     let (mut connection, mut wait) = (None, Duration::ZERO);
     while stop.recv_timeout(std::mem::replace(&mut wait, INTERVAL)) == Err(RecvTimeoutError::Timeout) {
-        match look(settings, metrics, &mut connection) {
+        match look(settings, metrics, shared.server(), &mut connection) {
             Ok(()) => {
                 // It answers, so it was only this connection that was ended.
                 shared.postgres_stops.store(false, Ordering::Relaxed);
@@ -49,14 +49,23 @@ pub(crate) fn run(shared: &Shared, stop: &Receiver<()>) {
     }
 }
 
-fn look(settings: &Settings, metrics: &Metrics, connection: &mut Option<Connection>) -> Result<(), Error> {
-    let open = match connection.as_mut() {
-        Some(open) => open,
-        None => connection.insert(Connection::connect(
-            &settings.postgres,
-            Purpose::Sql,
-            settings.connect_timeout,
-        )?),
+/// Asks the server that is streamed from, where there is one: another would have another slot of that name.
+fn look(
+    settings: &Settings,
+    metrics: &Metrics,
+    server: Option<Place>,
+    connection: &mut Option<Connection>,
+) -> Result<(), Error> {
+    if connection.as_ref().is_some_and(|open| server.as_ref().is_some_and(|server| server != open.place())) {
+        *connection = None;
+    }
+    let (info, timeout) = (&settings.postgres, settings.connect_timeout);
+    let open = match (connection.as_mut(), server) {
+        (Some(open), _) => open,
+        (None, Some(server)) => {
+            connection.insert(Connection::connect_to(info, server, Purpose::Sql, timeout)?)
+        }
+        (None, None) => connection.insert(Connection::connect(info, Purpose::Sql, timeout)?),
     };
     let sql = "SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), confirmed_flush_lsn)::int8, \
                pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)::int8, coalesce(safe_wal_size, -1) \

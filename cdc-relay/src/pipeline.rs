@@ -132,6 +132,7 @@ pub(crate) fn session(shared: &Shared, wakeups: &Wakeups, memory: &mut Memory) -
 fn begin<'a>(shared: &'a Shared, wakeups: &'a Wakeups, memory: &mut Memory) -> Result<Session<'a>, Error> {
     let settings = &*shared.settings;
     let (stream, system, position, partitions) = take_slot(settings)?;
+    shared.streams_from(&stream.place);
     memory.refused.retain(|row, _| row.commit_lsn >= position.confirmed);
     let owner = Owner { system: system.identifier.clone(), slot: settings.slot.clone() };
     let sizes = match settings.delivery {

@@ -127,13 +127,12 @@ pub(crate) fn take_slot(
         let what = format!("slot {:?} is held by server process {pid}", settings.slot);
         return Err(Error::new(Kind::SlotInUse, what));
     }
-    let stream = ReplicationStream::start(
-        &settings.postgres,
-        &settings.slot,
-        &settings.publication,
-        settings.source.messages.is_some(),
-        settings.connect_timeout,
-    );
+    let stream = connection
+        .beside(&settings.postgres, Purpose::Replication, settings.connect_timeout)
+        .and_then(|beside| {
+            let messages = settings.source.messages.is_some();
+            ReplicationStream::start(beside, &settings.slot, &settings.publication, messages)
+        });
     match stream {
         Ok((stream, system)) => {
             let position = slot::verify(&mut connection, settings)?;

@@ -27,6 +27,7 @@ pub(super) fn run(settings: Settings) -> Result<(), Failure> {
         waker,
         stop: Arc::default(),
         postgres_stops: Arc::default(),
+        server: Arc::default(),
         redrives: Arc::default(),
     };
     let fleet =

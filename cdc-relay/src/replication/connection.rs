@@ -5,8 +5,9 @@ use std::{io, time::Duration};
 use postgres_protocol::{IsNull, message::frontend};
 
 use super::{
-    conninfo::ConnInfo,
+    conninfo::{ConnInfo, Target},
     handshake::{self, Purpose},
+    place::Place,
     server_error::server_error,
     wire::{Fill, Wire},
 };
@@ -22,35 +23,92 @@ pub(crate) type TextRow = Vec<Option<String>>;
 #[derive(Debug)]
 pub(crate) struct Connection {
     wire: Wire,
+    place: Place,
 }
 
 impl Connection {
-    /// Connects to the first host that takes us.
+    /// Connects to the first place that takes us and is what `target_session_attrs` wants: each host in turn, each
+    /// address of its name in turn.
     ///
     /// # Errors
-    /// The last host's, where none does; a refusal (wrong password, …) ends the search at once.
+    /// What each place said, where none does; a refusal (wrong password, …) ends the search at once.
     pub(crate) fn connect(info: &ConnInfo, purpose: Purpose, timeout: Duration) -> Result<Self, Error> {
-        let mut last = Error::new(Kind::Misconfigured, "postgres.url names no host");
+        let mut failures = Vec::new();
         for host in &info.hosts {
-            let found = handshake::connect(info, host, purpose, timeout).map(|wire| Self { wire });
-            match found.and_then(|connection| connection.accept(info)) {
-                Ok(connection) => return Ok(connection),
-                Err(e) if e.kind == Kind::PostgresAway => last = e,
-                Err(e) => return Err(e),
+            let places = Place::of(host)
+                .map_err(|e| Error::postgres_io(&format!("cannot look up Postgres' host {host}"), &e));
+            for found in places.map_or_else(|e| vec![Err(e)], |p| p.into_iter().map(Ok).collect()) {
+                let tried = found.and_then(|place| Self::connect_to(info, place, purpose, timeout));
+                match tried.and_then(|connection| connection.accept(info.target)) {
+                    Ok(connection) => return Ok(connection),
+                    Err(e) if e.kind == Kind::PostgresAway => failures.push(e),
+                    Err(e) => return Err(e),
+                }
             }
         }
-        Err(last)
+        Err(none_will_do(failures))
     }
 
-    fn accept(mut self, info: &ConnInfo) -> Result<Self, Error> {
-        if info.read_write {
-            let read_only = self.simple_query("SHOW transaction_read_only")?;
-            if read_only.first().and_then(|r| r.first()?.as_deref()) == Some("on") {
-                return Err(Error::new(
-                    Kind::PostgresAway,
-                    "the server is read-only, and target_session_attrs=read-write",
-                ));
+    /// Connects to one place, whatever it is.
+    pub(crate) fn connect_to(
+        info: &ConnInfo,
+        place: Place,
+        purpose: Purpose,
+        timeout: Duration,
+    ) -> Result<Self, Error> {
+        handshake::connect(info, &place, purpose, timeout).map(|wire| Self { wire, place })
+    }
+
+    /// Opens another connection to the same server: what one asks must be true for the other.
+    ///
+    /// # Errors
+    /// [`Kind::PostgresAway`] also when another server has taken the place meanwhile, as behind an address that moves.
+    pub(crate) fn beside(
+        &mut self,
+        info: &ConnInfo,
+        purpose: Purpose,
+        timeout: Duration,
+    ) -> Result<Self, Error> {
+        let mut other = Self::connect_to(info, self.place.clone(), purpose, timeout)?;
+        if self.server()? == other.server()? {
+            return Ok(other);
+        }
+        let what = format!("two connections to Postgres at {} reached two servers", self.place);
+        Err(Error::new(Kind::PostgresAway, what))
+    }
+
+    /// Where the server is.
+    pub(crate) fn place(&self) -> &Place {
+        &self.place
+    }
+
+    /// What tells a running server from any other: when it was started, in microseconds.
+    pub(crate) fn server(&mut self) -> Result<Vec<TextRow>, Error> {
+        self.simple_query("SELECT extract(epoch FROM pg_postmaster_start_time())")
+    }
+
+    /// Whether the server is a standby.
+    pub(crate) fn is_in_recovery(&mut self) -> Result<bool, Error> {
+        let rows = self.simple_query("SELECT pg_is_in_recovery()::text")?;
+        Ok(rows.first().and_then(|r| r.first()?.as_deref()) == Some("true"))
+    }
+
+    /// Asks what libpq asks.
+    fn accept(mut self, target: Target) -> Result<Self, Error> {
+        let unfit = |place: &Place, what: &str| {
+            Err(Error::new(Kind::PostgresAway, format!("Postgres at {place} {what}")))
+        };
+        match target {
+            Target::Primary if self.is_in_recovery()? => {
+                return unfit(&self.place, "is in recovery, and target_session_attrs=primary");
             }
+            Target::ReadWrite => {
+                let read_only = self.simple_query("SHOW transaction_read_only")?;
+                if read_only.first().and_then(|r| r.first()?.as_deref()) == Some("on") {
+                    return unfit(&self.place, "is read-only, and target_session_attrs=read-write");
+                }
+            }
+            Target::Any | Target::Primary => {}
         }
         Ok(self)
     }
@@ -123,9 +181,22 @@ impl Connection {
     }
 
     /// Gives the socket to a replication stream.
-    pub(super) fn into_wire(self) -> Wire {
-        self.wire
+    pub(super) fn into_wire(self) -> (Wire, Place) {
+        (self.wire, self.place)
     }
+}
+
+/// What each place said, as one error.
+fn none_will_do(mut failures: Vec<Error>) -> Error {
+    let Some(last) = failures.pop() else {
+        return Error::new(Kind::Misconfigured, "postgres.url names no host");
+    };
+    if failures.is_empty() {
+        return last;
+    }
+    failures.push(last);
+    let said: Vec<_> = failures.iter().map(|e| e.message.as_str()).collect();
+    Error::new(Kind::PostgresAway, format!("no host of postgres.url will do: {}", said.join("; ")))
 }
 
 fn text_row(body: &[u8]) -> io::Result<TextRow> {

@@ -19,8 +19,19 @@ pub(crate) struct ConnInfo {
     /// The client's certificate and key, in PEM form.
     pub(crate) ssl_cert: Option<PathBuf>,
     pub(crate) ssl_key: Option<PathBuf>,
-    /// Only a server that takes writes will do.
-    pub(crate) read_write: bool,
+    /// Which of the hosts will do.
+    pub(crate) target: Target,
+}
+
+/// What libpq means by `target_session_attrs`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Target {
+    /// The first that takes us.
+    Any,
+    /// One whose transactions may write: not a standby, and `default_transaction_read_only` is off.
+    ReadWrite,
+    /// One that is not in recovery.
+    Primary,
 }
 
 /// One place to connect to.
@@ -73,7 +84,7 @@ impl ConnInfo {
             ssl_root_cert: None,
             ssl_cert: None,
             ssl_key: None,
-            read_write: false,
+            target: Target::Any,
         };
         let (mut query_host, mut query_port) = (None, None);
         for pair in query.split('&').filter(|p| !p.is_empty()) {
@@ -86,13 +97,23 @@ impl ConnInfo {
                 _ => info.set(key, &value)?,
             }
         }
-        match query_host {
-            Some(host) => {
-                let port = query_port.as_deref().map_or(Ok(DEFAULT_PORT), parse_port)?;
-                info.hosts = host.split(',').map(|h| named_host(h, port)).collect();
-            }
-            None => info.hosts = hosts.split(',').map(parse_host).collect::<Result<_, _>>()?,
+        let (mut names, mut ports) = (Vec::new(), Vec::new());
+        for host in hosts.split(',') {
+            let (name, port) = split_host(host);
+            names.push(decode(name)?);
+            ports.push(decode(port)?);
         }
+        // As libpq has it, a parameter replaces what stands before the path, hosts and ports each on their own.
+        if let Some(hosts) = query_host {
+            if query_port.is_none() && ports.iter().all(String::is_empty) {
+                ports = vec![String::new()];
+            }
+            names = hosts.split(',').map(str::to_owned).collect();
+        }
+        if let Some(list) = query_port {
+            ports = list.split(',').map(str::to_owned).collect();
+        }
+        info.hosts = match_ports(&names, &ports)?;
         Ok(info)
     }
 
@@ -103,9 +124,15 @@ impl ConnInfo {
             "sslcert" => self.ssl_cert = Some(value.into()),
             "sslkey" => self.ssl_key = Some(value.into()),
             "target_session_attrs" => {
-                self.read_write = match value {
-                    "any" => false,
-                    "read-write" | "primary" => true,
+                self.target = match value {
+                    "any" => Target::Any,
+                    "read-write" => Target::ReadWrite,
+                    "primary" => Target::Primary,
+                    "read-only" | "standby" | "prefer-standby" => {
+                        return Err(format!(
+                            "target_session_attrs={value} is not supported: a slot is read on the primary (read-write, primary or any)"
+                        ));
+                    }
                     other => {
                         return Err(format!(
                             "target_session_attrs={other} is not any, read-write or primary"
@@ -138,14 +165,28 @@ fn parse_port(text: &str) -> Result<u16, String> {
     text.parse().ok().filter(|p| *p != 0).ok_or_else(|| format!("port {text:?} is not 1 to 65535"))
 }
 
-fn parse_host(text: &str) -> Result<Host, String> {
-    // [::1]:5432, name:5432, name, or nothing.
-    let (name, port) = match text.strip_prefix('[').and_then(|t| t.split_once(']')) {
-        Some((address, rest)) => (address, rest.strip_prefix(':')),
-        None => text.rsplit_once(':').map_or((text, None), |(n, p)| (n, Some(p))),
+/// Name and port of `[::1]:5432`, `name:5432`, `name`, or nothing.
+fn split_host(text: &str) -> (&str, &str) {
+    match text.strip_prefix('[').and_then(|t| t.split_once(']')) {
+        Some((address, rest)) => (address, rest.strip_prefix(':').unwrap_or_default()),
+        None => text.rsplit_once(':').unwrap_or((text, "")),
+    }
+}
+
+/// Gives each host its port: one for all, or one each; an empty one is the default.
+fn match_ports(names: &[String], ports: &[String]) -> Result<Vec<Host>, String> {
+    if ports.len() != 1 && ports.len() != names.len() {
+        return Err(format!(
+            "has {} ports for {} hosts: give one for all, or one each",
+            ports.len(),
+            names.len()
+        ));
+    }
+    let host = |(i, name): (usize, &String)| {
+        let port = ports.get(i).or(ports.first()).filter(|port| !port.is_empty());
+        Ok(named_host(name, port.map_or(Ok(DEFAULT_PORT), |port| parse_port(port))?))
     };
-    let port = port.map_or(Ok(DEFAULT_PORT), parse_port)?;
-    Ok(named_host(&decode(name)?, port))
+    names.iter().enumerate().map(host).collect()
 }
 
 fn named_host(name: &str, port: u16) -> Host {
@@ -203,7 +244,7 @@ mod tests {
             ("u@x", "p:w", "db")
         );
         assert_eq!(info.hosts, [tcp("h1", 1), tcp("::1", 2), tcp("h3", 5432)]);
-        assert!(info.read_write && info.ssl_mode == SslMode::VerifyFull);
+        assert!(info.target == Target::ReadWrite && info.ssl_mode == SslMode::VerifyFull);
         let info = parse("postgresql://me@/?host=/run/pg&port=77").unwrap();
         assert_eq!(info.database, "me");
         assert_eq!(info.hosts, [Host::Unix("/run/pg/.s.PGSQL.77".into())]);
@@ -211,6 +252,31 @@ mod tests {
             parse("postgres://me@%2Frun%2Fpg/db").unwrap().hosts,
             [Host::Unix("/run/pg/.s.PGSQL.5432".into())]
         );
+    }
+
+    #[test]
+    fn several_hosts_share_a_port_or_have_one_each() {
+        let hosts = |url: &str| parse(url).map(|info| info.hosts);
+        let (a, b) = (|port| tcp("a", port), |port| tcp("b", port));
+        assert_eq!(hosts("postgres://u@a,b/d").unwrap(), [a(5432), b(5432)]);
+        assert_eq!(hosts("postgres://u@a:1,b/d").unwrap(), [a(1), b(5432)]);
+        assert_eq!(hosts("postgres://u@/d?host=a,b").unwrap(), [a(5432), b(5432)]);
+        assert_eq!(hosts("postgres://u@/d?host=a,b&port=7").unwrap(), [a(7), b(7)]);
+        assert_eq!(hosts("postgres://u@/d?host=a,b&port=1,2").unwrap(), [a(1), b(2)]);
+        assert_eq!(hosts("postgres://u@/d?port=1,&host=a,b").unwrap(), [a(1), b(5432)]);
+        assert_eq!(hosts("postgres://u@a:1,b:2/d?port=3").unwrap(), [a(3), b(3)]);
+        assert_eq!(hosts("postgres://u@/d?host=/run/pg,b&port=1,2").unwrap()[1], b(2));
+        for (bad, said) in [
+            ("postgres://u@/d?host=a,b,c&port=1,2", "2 ports for 3 hosts"),
+            ("postgres://u@a:1,b:2/d?host=c", "2 ports for 1 hosts"),
+            ("postgres://u@/d?host=a&port=x", "\"x\""),
+            ("postgres://u@a,b/d?target_session_attrs=standby", "is read on the primary"),
+            ("postgres://u@a,b/d?target_session_attrs=master", "is not any"),
+            ("postgres://u@a,b/d?load_balance_hosts=random", "not known"),
+        ] {
+            let error = hosts(bad).unwrap_err();
+            assert!(error.contains(said), "{bad}: {error}");
+        }
     }
 
     #[test]

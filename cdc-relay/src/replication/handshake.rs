@@ -14,6 +14,7 @@ use postgres_protocol::{
 
 use super::{
     conninfo::{ConnInfo, Host, SslMode},
+    place::Place,
     server_error::server_error,
     tls,
     transport::Transport,
@@ -38,15 +39,16 @@ pub(crate) enum Purpose {
     Replication,
 }
 
-/// Connects to one host and authenticates; the server is ready for a query afterwards.
+/// Connects to one place and authenticates; the server is ready for a query afterwards.
 pub(super) fn connect(
     info: &ConnInfo,
-    host: &Host,
+    place: &Place,
     purpose: Purpose,
     timeout: Duration,
 ) -> Result<Wire, Error> {
-    let io = |e: std::io::Error| Error::postgres_io(&format!("cannot connect to Postgres at {host}"), &e);
-    let transport = Transport::connect(host, timeout).map_err(io)?;
+    let host = &place.host;
+    let io = |e: std::io::Error| Error::postgres_io(&format!("cannot connect to Postgres at {place}"), &e);
+    let transport = Transport::connect(place, timeout).map_err(io)?;
     transport.set_timeout(timeout).map_err(io)?;
     let mut wire = Wire::new(secure(transport, info, host)?);
     let name = application_name(&instance());

@@ -5,6 +5,7 @@ pub(crate) mod connection;
 pub(crate) mod conninfo;
 pub(crate) mod handshake;
 pub(crate) mod pace;
+pub(crate) mod place;
 mod server_error;
 pub(crate) mod stream;
 mod tls;

@@ -10,9 +10,8 @@ use relay_core::{Lsn, StatusUpdate};
 
 use super::{
     connection::Connection,
-    conninfo::ConnInfo,
-    handshake::Purpose,
-    server_error::{error_fields, server_error},
+    place::Place,
+    server_error::{error_fields, routine, server_error},
     wire::{Fill, Wire},
 };
 use crate::{
@@ -38,6 +37,8 @@ pub(crate) enum Event<'a> {
 #[derive(Debug)]
 pub(crate) struct ReplicationStream {
     wire: Wire,
+    /// Where the server is.
+    pub(crate) place: Place,
 }
 
 impl ReplicationStream {
@@ -47,20 +48,18 @@ impl ReplicationStream {
     /// # Errors
     /// [`Kind::SlotInUse`] while another process holds the slot; what the server says otherwise.
     pub(crate) fn start(
-        info: &ConnInfo,
+        mut connection: Connection,
         slot: &str,
         publication: &str,
         messages: bool,
-        timeout: Duration,
     ) -> Result<(Self, System), Error> {
-        let mut connection = Connection::connect(info, Purpose::Replication, timeout)?;
         let system = identify(&mut connection)?;
         let publication = quote_literal(&quote_identifier(publication));
         let messages = if messages { ", messages 'true'" } else { "" };
         let options = format!("proto_version '1', publication_names {publication}{messages}");
         let sql = format!("START_REPLICATION SLOT {} LOGICAL 0/0 ({options})", quote_identifier(slot));
         connection.send_query(&sql)?;
-        let mut wire = connection.into_wire();
+        let (mut wire, place) = connection.into_wire();
         let io = |e: io::Error| Error::postgres_io("cannot start the replication stream", &e);
         loop {
             match wire.next_frame().map_err(io)? {
@@ -76,7 +75,7 @@ impl ReplicationStream {
             }
         }
         wire.set_nonblocking().map_err(io)?;
-        Ok((Self { wire }, system))
+        Ok((Self { wire, place }, system))
     }
 
     /// The next event that was read, or None when more has to be [read](Self::fill).
@@ -189,12 +188,15 @@ fn other_frame(tag: u8, body: &[u8]) -> Result<(), Error> {
     }
 }
 
+/// Of the server where it waits for a standby in `synchronized_standby_slots`, which it warns of: nothing is left out.
+const WAITS_FOR_STANDBY: &str = "StandbySlotsHaveCaughtup";
+
 /// From version 18 on, the server only warns when the publication did not exist at a point in the log, and goes
 /// on without the changes made there.
 fn notice(body: &[u8]) -> Result<(), Error> {
     let (sqlstate, message) = error_fields(body);
     tracing::warn!(sqlstate, "Postgres says: {message}");
-    if sqlstate != "55000" {
+    if sqlstate != "55000" || routine(body) == WAITS_FOR_STANDBY {
         return Ok(());
     }
     Err(Error::new(Kind::Halted, format!("the server leaves changes out of the stream: {message}")).hint(
@@ -232,7 +234,7 @@ fn put_status(out: &mut bytes::BytesMut, status: StatusUpdate) {
     out.extend_from_slice(&[1]);
 }
 
-fn quote_identifier(name: &str) -> String {
+pub(crate) fn quote_identifier(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }
 
@@ -269,6 +271,14 @@ mod tests {
             copy_data(&keepalive).unwrap(),
             Event::Keepalive { wal_end: Lsn(5), reply_requested: true }
         );
+    }
+
+    #[test]
+    fn what_is_left_out_halts_and_what_only_waits_does_not() {
+        let notice = |routine: &str| notice(format!("SWARNING\0C55000\0Mm\0R{routine}\0\0").as_bytes());
+        assert_eq!(notice("LoadPublications").unwrap_err().kind, Kind::Halted);
+        assert_eq!(notice("").unwrap_err().kind, Kind::Halted);
+        assert!(notice("StandbySlotsHaveCaughtup").is_ok());
     }
 
     /// Whatever a frame of the stream holds, it is an event or an error.

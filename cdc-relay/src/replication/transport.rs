@@ -2,7 +2,7 @@
 
 use std::{
     io::{self, Read, Write},
-    net::{TcpStream, ToSocketAddrs},
+    net::TcpStream,
     os::{
         fd::{AsFd, BorrowedFd},
         unix::net::UnixStream,
@@ -13,7 +13,7 @@ use std::{
 use rustix::net::sockopt;
 use rustls::{ClientConnection, StreamOwned};
 
-use super::conninfo::Host;
+use super::{conninfo::Host, place::Place};
 
 /// A connected socket.
 #[derive(Debug)]
@@ -27,20 +27,12 @@ pub(crate) enum Transport {
 const PEER_TIMEOUT: Duration = Duration::from_secs(30);
 
 impl Transport {
-    /// Connects, trying each address of a name in turn, and gives up after `timeout` on each.
-    pub(crate) fn connect(host: &Host, timeout: Duration) -> io::Result<Self> {
-        match host {
-            Host::Unix(path) => UnixStream::connect(path).map(Self::Unix),
-            Host::Tcp { name, port } => {
-                let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
-                for address in (name.as_str(), *port).to_socket_addrs()? {
-                    match TcpStream::connect_timeout(&address, timeout) {
-                        Ok(stream) => return Self::tuned(stream),
-                        Err(e) => last = e,
-                    }
-                }
-                Err(last)
-            }
+    /// Connects, and gives up after `timeout`.
+    pub(super) fn connect(place: &Place, timeout: Duration) -> io::Result<Self> {
+        match (&place.host, place.address) {
+            (Host::Unix(path), _) => UnixStream::connect(path).map(Self::Unix),
+            (Host::Tcp { .. }, Some(address)) => Self::tuned(TcpStream::connect_timeout(&address, timeout)?),
+            (Host::Tcp { .. }, None) => Err(io::ErrorKind::AddrNotAvailable.into()),
         }
     }
 

@@ -109,6 +109,12 @@ impl Database {
         });
     }
 
+    /// Goes on at another server that has this database, too.
+    pub(crate) fn move_to(&mut self, port: u16) {
+        self.options = self.options.clone().port(port);
+        self.reconnect();
+    }
+
     pub(crate) fn run(&mut self, sql: &str) {
         self.runtime.block_on(self.connection.execute(sqlx::AssertSqlSafe(sql.to_owned()))).unwrap();
     }
