@@ -125,7 +125,7 @@ test-versions *versions="15 16 17":
     set -euo pipefail
     for version in {{ versions }}; do
         cargo xtask test --postgres "$version" -p cdc-relay --test it -- \
-            delivery:: idle:: init:: log:: position:: privileges:: shapes shutdown:: tls:: killed takes_over cuts publication
+            check:: delivery:: failover:: hosts:: idle:: init:: log:: position:: privileges:: shapes shutdown:: tls:: killed takes_over cuts publication
     done
 
 # Format everything

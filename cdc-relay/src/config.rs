@@ -56,6 +56,7 @@ pub(crate) struct PostgresConfig {
     pub(crate) slot: String,
     pub(crate) publication: String,
     pub(crate) create_slot: bool,
+    pub(crate) failover: bool,
     pub(crate) connect_timeout_seconds: u64,
     pub(crate) silence_timeout_seconds: u64,
     pub(crate) give_up_seconds: u64,
@@ -118,6 +119,7 @@ impl Default for PostgresConfig {
             slot: "cdc_relay".into(),
             publication: "cdc_relay".into(),
             create_slot: false,
+            failover: false,
             connect_timeout_seconds: 10,
             silence_timeout_seconds: 60,
             give_up_seconds: 0,
@@ -191,6 +193,8 @@ pub(crate) struct Settings {
     pub(crate) slot: String,
     pub(crate) publication: String,
     pub(crate) create_slot: bool,
+    /// Slots that we make are to be synchronised to standbys.
+    pub(crate) failover: bool,
     pub(crate) connect_timeout: Duration,
     pub(crate) silence_limit: Duration,
     /// None: try for ever, visibly.
@@ -265,6 +269,7 @@ impl Config {
             slot,
             publication,
             create_slot: self.postgres.create_slot,
+            failover: self.postgres.failover,
             connect_timeout: seconds(
                 "postgres.connect_timeout_seconds",
                 self.postgres.connect_timeout_seconds,

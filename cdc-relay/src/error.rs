@@ -5,6 +5,8 @@ use std::fmt;
 use relay_core::{poison::Poison, record::Identity};
 use service::{Failure, exit};
 
+use crate::position::Beyond;
+
 /// What went wrong, as far as it decides what to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
@@ -98,11 +100,13 @@ pub(crate) struct Error {
     pub(crate) sqlstate: Option<String>,
     /// The row that Kafka refused, and why.
     pub(crate) refused: Option<Box<(Identity, Poison)>>,
+    /// Records from here on exist only in Kafka.
+    pub(crate) beyond: Option<Beyond>,
 }
 
 impl Error {
     pub(crate) fn new(kind: Kind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), hint: None, sqlstate: None, refused: None }
+        Self { kind, message: message.into(), hint: None, sqlstate: None, refused: None, beyond: None }
     }
 
     pub(crate) fn hint(mut self, hint: impl Into<String>) -> Self {
@@ -126,7 +130,8 @@ impl Error {
     pub(crate) fn postgres(sqlstate: &str, message: &str) -> Self {
         let (kind, hint) = classify(sqlstate);
         let message = format!("Postgres: {message} (SQLSTATE {sqlstate})");
-        Self { kind, message, hint: hint.map(Into::into), sqlstate: Some(sqlstate.into()), refused: None }
+        let sqlstate = Some(sqlstate.into());
+        Self { sqlstate, hint: hint.map(Into::into), ..Self::new(kind, message) }
     }
 
     /// This error as the end of the process.

@@ -12,6 +12,7 @@ mod letter;
 mod refusal;
 mod reports;
 mod size;
+mod tail;
 mod topics;
 mod transactions;
 mod trust;
@@ -37,6 +38,7 @@ pub(crate) use self::{
     client::check,
     create::{NewTopic, create_topics},
     history::{History, Patience},
+    tail::Tails,
     transactions::{Done, Transactional},
 };
 use self::{

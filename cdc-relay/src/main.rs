@@ -2,11 +2,13 @@
 
 mod admin;
 mod ahead;
+mod check;
 mod cli;
 mod config;
 mod diversions;
 mod dlq;
 mod error;
+mod foreign;
 mod kafka;
 mod ledger;
 mod monitor;

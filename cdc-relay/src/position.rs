@@ -6,6 +6,7 @@
 
 use std::fmt;
 
+use chrono::DateTime;
 use relay_core::Lsn;
 
 use crate::{
@@ -34,10 +35,36 @@ pub(crate) enum Doubt {
     /// The slot was advanced by hand, or dropped and created again.
     SlotAhead { checkpoint: Lsn, confirmed: Lsn },
     /// The server's log ends before the checkpoint: it was restored from a backup.
-    LogBehind { checkpoint: Lsn, wal_end: Lsn },
+    LogBehind { checkpoint: Lsn, at: String, wal_end: Lsn },
     /// The server left the checkpoint's timeline before the checkpoint: it was restored, or a standby was promoted
-    /// that had not received everything.
-    Diverged { checkpoint: Lsn, timeline: u32, ended: Lsn },
+    /// that had not received everything. What the checkpoint covers ends there, and the LSNs from there on are used again.
+    Diverged { checkpoint: Lsn, at: String, timeline: u32, ended: Lsn },
+    /// The server's history does not have the checkpoint's timeline: it is the old primary that has come back after a
+    /// promotion, or was restored.
+    OtherTimeline { checkpoint: Lsn, timeline: u32, server: u32 },
+}
+
+/// From where on records are of transactions that this server never had.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Beyond {
+    /// Their commit LSNs are this or later.
+    pub(crate) lsn: Lsn,
+    /// When the last checkpoint was written, in milliseconds since the Unix epoch: soon after, nothing more of them
+    /// was published.
+    pub(crate) until_ms: Option<i64>,
+}
+
+impl Doubt {
+    /// None where there are no such records, or it cannot be told from where on.
+    pub(crate) fn beyond(&self) -> Option<Beyond> {
+        let (lsn, at) = match self {
+            Self::NoCheckpoint { .. } | Self::SlotAhead { .. } | Self::OtherTimeline { .. } => return None,
+            Self::LogBehind { wal_end, at, .. } => (*wal_end, at),
+            Self::Diverged { ended, at, .. } => (*ended, at),
+        };
+        let until_ms = DateTime::parse_from_rfc3339(at).ok().map(|at| at.timestamp_millis());
+        Some(Beyond { lsn, until_ms })
+    }
 }
 
 /// Compares the two.
@@ -46,7 +73,7 @@ pub(crate) fn judge(
     confirmed: Lsn,
     system: &System,
 ) -> Result<relay_core::Checkpoint, Doubt> {
-    let Some(entry @ Checkpoint { lsn: checkpoint, timeline, .. }) = &ledger.checkpoint else {
+    let Some(entry @ Checkpoint { lsn: checkpoint, timeline, at, .. }) = &ledger.checkpoint else {
         let others = ledger.others.iter().map(|(system, c)| (system.clone(), c.lsn)).collect();
         return Err(Doubt::NoCheckpoint { others });
     };
@@ -55,11 +82,15 @@ pub(crate) fn judge(
     let published = part.map_or(*checkpoint, |part| part.commit_lsn);
     let checkpoint = *checkpoint;
     let ended = system.switches.iter().find(|(ended, _)| *ended == timeline).map(|(_, at)| *at);
+    let at = at.clone();
     if let Some(ended) = ended.filter(|ended| published > *ended) {
-        return Err(Doubt::Diverged { checkpoint: published, timeline, ended });
+        return Err(Doubt::Diverged { checkpoint: published, at, timeline, ended });
     }
     if published > system.wal_end {
-        return Err(Doubt::LogBehind { checkpoint: published, wal_end: system.wal_end });
+        return Err(Doubt::LogBehind { checkpoint: published, at, wal_end: system.wal_end });
+    }
+    if timeline != system.timeline && ended.is_none() {
+        return Err(Doubt::OtherTimeline { checkpoint: published, timeline, server: system.timeline });
     }
     if confirmed > checkpoint {
         return Err(Doubt::SlotAhead { checkpoint, confirmed });
@@ -111,15 +142,21 @@ impl fmt::Display for Doubt {
                  advanced by hand, or dropped and created again, and what was committed in between may not be in Kafka",
                 confirmed.bytes_since(*checkpoint)
             ),
-            Self::LogBehind { checkpoint, wal_end } => write!(
+            Self::LogBehind { checkpoint, at, wal_end } => write!(
                 f,
-                "the server's log ends at {wal_end}, before the last checkpoint, {checkpoint}: it was restored from a backup, and \
+                "the server's log ends at {wal_end}, before the last checkpoint, {checkpoint} of {at}: it was restored from a backup, and \
                  Kafka has events that it does not have"
             ),
-            Self::Diverged { checkpoint, timeline, ended } => write!(
+            Self::Diverged { checkpoint, at, timeline, ended } => write!(
                 f,
-                "the server left timeline {timeline} at {ended}, before the last checkpoint, {checkpoint}: it was restored from a \
+                "the server left timeline {timeline} at {ended}, before the last checkpoint, {checkpoint} of {at}: it was restored from a \
                  backup, or is a standby that was promoted before it had everything, and Kafka has events that it does not have"
+            ),
+            Self::OtherTimeline { checkpoint, timeline, server } => write!(
+                f,
+                "the last checkpoint, {checkpoint}, is on timeline {timeline}, and the server is on timeline {server}, whose history \
+                 does not have that one: it is an old primary that has come back, or was restored from a backup, and events of \
+                 timeline {timeline} are in Kafka that it does not have"
             ),
         }
     }
@@ -127,7 +164,7 @@ impl fmt::Display for Doubt {
 
 impl From<Doubt> for Error {
     fn from(doubt: Doubt) -> Self {
-        let hint = match doubt {
+        let hint = match &doubt {
             Doubt::NoCheckpoint { .. } => {
                 "if this relay never ran here, `cdc-relay init` writes the first one. Else find out what became of topic \
                  kafka.checkpoint_topic, and of the server; `cdc-relay accept-gap` goes on from the slot's confirmed LSN"
@@ -136,11 +173,17 @@ impl From<Doubt> for Error {
                 "take what is missing from the outbox table; then `cdc-relay accept-gap` goes on from the slot's confirmed LSN"
             }
             Doubt::LogBehind { .. } | Doubt::Diverged { .. } => {
-                "consumers have applied events that this database never had. `cdc-relay accept-gap` goes on from the slot's \
-                 confirmed LSN; new events may repeat the LSNs of old ones"
+                "consumers may have applied events that this database never had. `cdc-relay accept-gap` lists them all (--json for \
+                 a program); `cdc-relay accept-gap --yes` goes on without them from the slot's confirmed LSN, and new events may \
+                 repeat their LSNs. Or bring back the server that has them, put it into postgres.url, and start again"
+            }
+            Doubt::OtherTimeline { .. } => {
+                "put the server that was promoted into postgres.url (with target_session_attrs=read-write no standby is taken for \
+                 it), and make this one its standby. To stay with this one: `cdc-relay accept-gap --yes` goes on from the slot's \
+                 confirmed LSN, and new events may repeat the LSNs of old ones"
             }
         };
-        Self::new(Kind::Halted, doubt.to_string()).hint(hint)
+        Self { beyond: doubt.beyond(), ..Self::new(Kind::Halted, doubt.to_string()).hint(hint) }
     }
 }
 
@@ -195,6 +238,20 @@ mod tests {
         assert!(matches!(doubt(51, &system(90, &[])), Doubt::SlotAhead { .. }));
         assert!(matches!(doubt(40, &system(49, &[])), Doubt::LogBehind { .. }));
         assert!(matches!(doubt(40, &system(90, &[(1, 49)])), Doubt::Diverged { timeline: 1, .. }));
+        // Two promotions since then: what counts is where its own timeline ended.
+        assert!(matches!(
+            doubt(40, &system(90, &[(1, 49), (2, 80)])),
+            Doubt::Diverged { timeline: 1, ended: Lsn(49), .. }
+        ));
+        // The old primary has come back, and has gone on by itself.
+        let promoted = ledger(50, 2);
+        let doubt_of = |confirmed, system: &System| judge(&promoted, Lsn(confirmed), system).unwrap_err();
+        assert!(matches!(
+            doubt_of(40, &system(90, &[])),
+            Doubt::OtherTimeline { timeline: 2, server: 1, .. }
+        ));
+        assert!(matches!(doubt_of(40, &system(49, &[])), Doubt::LogBehind { .. }));
+        assert_eq!(judge(&promoted, Lsn(40), &system(90, &[(1, 30), (2, 60)])), Ok(Lsn(50).into()));
         let others = vec![("7".to_owned(), ledger(5, 1).checkpoint.unwrap())];
         let none = Ledger { others, ..Ledger::default() };
         let doubt = judge(&none, Lsn(1), &system(1, &[])).unwrap_err();

@@ -6,7 +6,7 @@ use service::{Failure, exit};
 
 use crate::{
     error::{Error, Policy},
-    pipeline,
+    foreign, pipeline,
     setup::Desk,
     shared::Shared,
     standby,
@@ -73,7 +73,7 @@ fn attempt(shared: &Shared, wakeups: &Wakeups, course: &mut Course) -> Result<()
     if end.was_well {
         (course.backoff, course.unwell_since) = (BACKOFF_FIRST, None);
     }
-    end.result
+    end.result.map_err(|error| foreign::explain(&shared.settings, error, &|| shared.stopping()))
 }
 
 /// Waits for the whole time, unless a stop is asked for.

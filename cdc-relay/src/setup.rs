@@ -9,17 +9,20 @@ use crate::{
     admin::Metrics,
     config::Settings,
     error::{Error, Kind},
+    foreign::{self, Foreign},
     kafka::{Batch, Entry, NewTopic, Producer, create_topics},
     ledger::{Checkpoint, Ledger, Owner, Writer},
-    position::{self, System},
+    position::{self, Beyond, System},
     publication::{self, Made},
     replication::{connection::Connection, handshake::Purpose, stream::identify},
-    slot::{self, Slot},
+    slot::{self, Failover, Slot},
     wait,
 };
 
 /// How long Kafka may take to answer.
 const KAFKA_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long listing what exists only in Kafka may take.
+const LIST_TIMEOUT: Duration = Duration::from_secs(600);
 /// How long another `init` may take that came first.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(600);
 
@@ -40,6 +43,7 @@ pub(crate) struct Report {
     pub(crate) publication: Made,
     pub(crate) slot: Made,
     pub(crate) confirmed: Lsn,
+    pub(crate) failover: Failover,
     pub(crate) checkpoint: Made,
 }
 
@@ -51,7 +55,7 @@ impl<'a> Desk<'a> {
         let lock = format!("cdc-relay {}", settings.slot);
         connection.query("SELECT pg_advisory_lock(hashtextextended($1, 0))", &[&lock])?;
         let mut replication =
-            Connection::connect(&settings.postgres, Purpose::Replication, settings.connect_timeout)?;
+            connection.beside(&settings.postgres, Purpose::Replication, settings.connect_timeout)?;
         let system = identify(&mut replication)?;
         let topics = make_topics(settings)?;
         let since = Instant::now();
@@ -75,15 +79,16 @@ impl<'a> Desk<'a> {
             if let Some(checkpoint) = &self.ledger.checkpoint {
                 return Err(dropped(settings, checkpoint));
             }
-            (Made::Created, slot::make_slot(&mut self.connection, settings)?)
+            (Made::Created, slot::make_slot(&mut self.connection, settings, settings.failover)?)
         };
+        let failover = slot::switch_failover_on(&mut self.connection, settings)?;
         let checkpoint = if self.ledger.checkpoint.is_some() {
             Made::Existed
         } else {
             self.write_checkpoint(confirmed, 0)?;
             Made::Created
         };
-        Ok(Report { publication, slot, confirmed, checkpoint })
+        Ok(Report { publication, slot, confirmed, failover, checkpoint })
     }
 
     /// The slot as it is.
@@ -104,13 +109,29 @@ impl<'a> Desk<'a> {
         position::judge(&self.ledger, confirmed, &self.system).err()
     }
 
-    /// Makes a slot where there is none, or none that can be used any more; its confirmed LSN.
+    /// The events that exist only in Kafka, from `beyond` on.
+    pub(crate) fn foreign(&mut self, beyond: Beyond) -> Result<Foreign, Error> {
+        let since = Instant::now();
+        let limit = || Error::new(Kind::GaveUp, format!("not read in {} s", LIST_TIMEOUT.as_secs()));
+        let patience = || if since.elapsed() < LIST_TIMEOUT { Ok(()) } else { Err(limit()) };
+        let owner = Owner { system: self.system.identifier.clone(), slot: self.settings.slot.clone() };
+        foreign::find(self.settings, &owner, &mut self.connection, beyond, &patience)
+    }
+
+    /// Makes a slot where there is none, or none that can be used any more, synchronised to standbys if that one was;
+    /// its confirmed LSN.
     pub(crate) fn make_slot_again(&mut self, drop_first: bool) -> Result<Lsn, Error> {
         publication::make(&mut self.connection, self.settings)?;
+        let mut failover = self.settings.failover;
+        if failover {
+            slot::check_failover_version(&mut self.connection)?;
+        }
         if drop_first {
+            let old = Slot::look(&mut self.connection, &self.settings.slot)?;
+            failover |= old.is_some_and(|slot| slot.is_failover);
             self.connection.query("SELECT pg_drop_replication_slot($1)", &[&self.settings.slot])?;
         }
-        slot::make_slot(&mut self.connection, self.settings)
+        slot::make_slot(&mut self.connection, self.settings, failover)
     }
 
     /// The end of the log.

@@ -6,7 +6,12 @@ use crate::{
     config::Settings,
     error::{Error, Kind},
     publication,
-    replication::{connection::Connection, handshake::APPLICATION_NAME},
+    replication::{
+        connection::Connection,
+        conninfo::Target,
+        handshake::{APPLICATION_NAME, Purpose},
+        stream::quote_identifier,
+    },
 };
 
 /// What a session has to know about its slot before it starts.
@@ -24,6 +29,7 @@ pub(crate) struct Position {
 /// Halted with the remedy, where they are not.
 pub(crate) fn verify(connection: &mut Connection, settings: &Settings) -> Result<Position, Error> {
     publication::verify(connection, settings)?;
+    check_recovery(connection, settings)?;
     let Some(confirmed) = find_slot(connection, settings)? else {
         return Err(Error::new(Kind::Halted, format!("replication slot {:?} does not exist", settings.slot))
             .hint("`cdc-relay init` creates it where it never was. Where it was, take what is missing from the outbox table; then `cdc-relay \
@@ -44,6 +50,25 @@ pub(crate) fn verify(connection: &mut Connection, settings: &Settings) -> Result
         ));
     }
     Ok(Position { confirmed, wal_sender_timeout_ms: setting("wal_sender_timeout")?.parse().unwrap_or(0) })
+}
+
+/// On a standby there is no slot, or one that nobody may read until the promotion; with several hosts that means that
+/// we are at the wrong one.
+fn check_recovery(connection: &mut Connection, settings: &Settings) -> Result<(), Error> {
+    if settings.postgres.target != Target::Any || !connection.is_in_recovery()? {
+        return Ok(());
+    }
+    let sql = "SELECT to_jsonb(s) ->> 'synced' FROM pg_replication_slots s WHERE slot_name = $1";
+    let rows = connection.query(sql, &[&settings.slot])?;
+    if matches!(rows.first().map(Vec::as_slice), Some([Some(synced)]) if synced != "true") {
+        // Somebody has made it here.
+        return Ok(());
+    }
+    let what =
+        format!("Postgres at {} is a standby, which has no slot that could be read", connection.place());
+    Err(Error::new(Kind::Halted, what)
+        .hint("name all hosts in postgres.url and add target_session_attrs=read-write: the primary is found then, also \
+               after a promotion"))
 }
 
 /// Whether `synchronous_standby_names` includes a relay's `application_name`
@@ -72,16 +97,18 @@ pub(crate) struct Slot {
     pub(crate) confirmed: Option<Lsn>,
     /// The process that streams from it.
     pub(crate) active_pid: Option<String>,
+    /// It is synchronised to standbys; never so before version 17.
+    pub(crate) is_failover: bool,
 }
 
 impl Slot {
     /// Looks it up; None where there is no such slot.
     pub(crate) fn look(connection: &mut Connection, name: &str) -> Result<Option<Self>, Error> {
         let sql = "SELECT coalesce(plugin, 'physical'), coalesce(database, ''), current_database(), \
-                   coalesce(wal_status, ''), confirmed_flush_lsn, active_pid \
-                   FROM pg_replication_slots WHERE slot_name = $1";
+                   coalesce(wal_status, ''), confirmed_flush_lsn, active_pid, to_jsonb(s) ->> 'failover' \
+                   FROM pg_replication_slots s WHERE slot_name = $1";
         let rows = connection.query(sql, &[name])?;
-        let Some([plugin, database, here, wal_status, confirmed, active_pid]) =
+        let Some([plugin, database, here, wal_status, confirmed, active_pid, failover]) =
             rows.first().map(Vec::as_slice)
         else {
             return Ok(None);
@@ -95,6 +122,7 @@ impl Slot {
             is_lost: wal_status.as_deref() == Some("lost"),
             confirmed: confirmed.as_deref().map(str::parse).transpose().map_err(odd)?,
             active_pid: active_pid.clone(),
+            is_failover: failover.as_deref() == Some("true"),
         }))
     }
 
@@ -137,13 +165,96 @@ pub(crate) fn find_slot(connection: &mut Connection, settings: &Settings) -> Res
     slot.confirmed.ok_or_else(in_the_making).map(Some)
 }
 
-/// Makes the slot; its confirmed LSN. The server waits for every transaction that is open, for as long as they take.
-pub(crate) fn make_slot(connection: &mut Connection, settings: &Settings) -> Result<Lsn, Error> {
+/// Makes the slot, to be synchronised to standbys if `failover`; its confirmed LSN. The server waits for every
+/// transaction that is open, for as long as they take.
+pub(crate) fn make_slot(
+    connection: &mut Connection,
+    settings: &Settings,
+    failover: bool,
+) -> Result<Lsn, Error> {
+    let create = if failover {
+        check_failover_version(connection)?;
+        // Not temporary, not for prepared transactions.
+        "SELECT lsn FROM pg_create_logical_replication_slot($1, 'pgoutput', false, false, true)"
+    } else {
+        "SELECT lsn FROM pg_create_logical_replication_slot($1, 'pgoutput')"
+    };
     connection.set_answer_timeout(CREATE_SLOT_TIMEOUT)?;
-    connection
-        .query("SELECT lsn FROM pg_create_logical_replication_slot($1, 'pgoutput')", &[&settings.slot])?;
+    connection.query(create, &[&settings.slot])?;
     let missing = || Error::new(Kind::Internal, "the slot that was made is not there");
     find_slot(connection, settings)?.ok_or_else(missing)
+}
+
+/// The first version that synchronises slots to standbys.
+pub(crate) const FAILOVER_MAJOR: u32 = 17;
+
+/// # Errors
+/// Misconfigured where the server cannot synchronise slots.
+pub(crate) fn check_failover_version(connection: &mut Connection) -> Result<(), Error> {
+    let (major, version) = server_version(connection)?;
+    if major >= FAILOVER_MAJOR {
+        return Ok(());
+    }
+    let what = format!(
+        "postgres.failover = true needs PostgreSQL {FAILOVER_MAJOR} or later, and the server is {version}"
+    );
+    Err(Error::new(Kind::Misconfigured, what).hint(
+        "set postgres.failover = false: a slot of this server does not survive the promotion of a standby, after which the \
+         relay stops and says so",
+    ))
+}
+
+/// The server's major version, and as it calls itself.
+pub(crate) fn server_version(connection: &mut Connection) -> Result<(u32, String), Error> {
+    let rows = connection.simple_query("SHOW server_version")?;
+    let version = rows.into_iter().flatten().flatten().next().unwrap_or_default();
+    let digits: String = version.chars().take_while(char::is_ascii_digit).collect();
+    Ok((digits.parse().unwrap_or(0), version))
+}
+
+/// What became of a slot's being synchronised to standbys.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Failover {
+    /// It is not, and is not to be.
+    Off,
+    On,
+    /// From now on.
+    SwitchedOn,
+    /// It is to be, but somebody streams from it.
+    InUse,
+}
+
+/// Has an existing slot synchronised to standbys if the configuration says so. Never switches it off.
+///
+/// # Errors
+/// Misconfigured where the server cannot.
+pub(crate) fn switch_failover_on(
+    connection: &mut Connection,
+    settings: &Settings,
+) -> Result<Failover, Error> {
+    let slot = Slot::look(connection, &settings.slot)?;
+    if slot.as_ref().is_some_and(|slot| slot.is_failover) {
+        return Ok(Failover::On);
+    }
+    if !settings.failover {
+        return Ok(Failover::Off);
+    }
+    check_failover_version(connection)?;
+    if slot.is_some_and(|slot| slot.active_pid.is_some()) {
+        return Ok(Failover::InUse);
+    }
+    let mut replication =
+        connection.beside(&settings.postgres, Purpose::Replication, settings.connect_timeout)?;
+    match replication.simple_query(&alter_failover(&settings.slot)) {
+        Ok(_) => Ok(Failover::SwitchedOn),
+        Err(e) if e.kind == Kind::SlotInUse => Ok(Failover::InUse),
+        Err(e) => Err(e),
+    }
+}
+
+/// The command of a replication connection that has a slot synchronised.
+pub(crate) fn alter_failover(slot: &str) -> String {
+    format!("ALTER_REPLICATION_SLOT {} (FAILOVER true)", quote_identifier(slot))
 }
 
 const CREATE_SLOT_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(600);

@@ -217,6 +217,21 @@ impl Outbox {
         self.table.columns[REQUIRED..].iter().map(String::as_str).filter(|c| !c.is_empty())
     }
 
+    /// Whether its template could send a row to that topic.
+    pub fn may_go_to(&self, topic: &str) -> bool {
+        self.route.may_make(topic)
+    }
+
+    /// Whether a record's timestamp is a column's and not the commit's.
+    pub fn has_timestamp_column(&self) -> bool {
+        !self.table.columns[Field::Timestamp as usize].is_empty()
+    }
+
+    /// The column with which a row names its own topic; empty where none does.
+    pub fn topic_column(&self) -> &str {
+        &self.table.columns[Field::Topic as usize]
+    }
+
     pub(crate) fn route(&self) -> &Route {
         &self.route
     }

@@ -119,6 +119,30 @@ impl Route {
     }
 }
 
+impl Route {
+    /// Whether some row could make this name.
+    pub(crate) fn may_make(&self, topic: &str) -> bool {
+        let mut rest = topic;
+        let mut is_open = false;
+        for (i, part) in self.0.iter().enumerate() {
+            let is_last = i + 1 == self.0.len();
+            let after = match part {
+                Part::Place(_) => {
+                    is_open = true;
+                    continue;
+                }
+                // Behind a place any text may come before it.
+                Part::Literal(text) if is_open && is_last => rest.strip_suffix(text.as_str()).map(|_| ""),
+                Part::Literal(text) if is_open => rest.split_once(text.as_str()).map(|(_, after)| after),
+                Part::Literal(text) => rest.strip_prefix(text.as_str()),
+            };
+            let Some(after) = after else { return false };
+            (rest, is_open) = (after, false);
+        }
+        is_open || rest.is_empty()
+    }
+}
+
 fn is_topic_character(c: char) -> bool {
     c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-')
 }
@@ -155,7 +179,35 @@ mod tests {
         assert_eq!(parse("a}"), Err(TemplateError::IllegalCharacter('}')));
     }
 
+    #[test]
+    fn a_name_that_rows_could_make_is_known() {
+        let route = |text: &str| TopicTemplate::parse(text).unwrap().resolve(|_| 0);
+        for (template, made, not) in [
+            ("outbox.event.${aggregatetype}", "outbox.event.order", "outbox.events"),
+            ("${tenant}.${aggregatetype}-events", "a-events.order-events", "a.order-event"),
+            ("fixed", "fixed", "fixed-2"),
+            ("a${x}b", "abb", "ab-c"),
+            ("${a}${b}", "anything", ""),
+        ] {
+            assert!(route(template).may_make(made), "{template}: {made}");
+            assert!(not.is_empty() || !route(template).may_make(not), "{template}: {not}");
+        }
+    }
+
     proptest! {
+        /// Whatever values a row has.
+        #[test]
+        fn what_a_row_makes_could_be_made(
+            template in r"([a-b.]{0,3}(\$\{[xy]\})?){1,3}", x in "[ab.]{1,4}", y in "[ab.]{1,4}"
+        ) {
+            let Ok(template) = TopicTemplate::parse(&template) else { return Ok(()) };
+            let route = template.resolve(|name| usize::from(name == "y"));
+            let mut topic = String::new();
+            let slots = [Some(x.as_bytes()), Some(y.as_bytes())];
+            route.put(&mut topic, &slots, |_| String::new()).unwrap();
+            prop_assert!(route.may_make(&topic), "{:?}", topic);
+        }
+
         #[test]
         fn parsing_is_total(text: String) {
             let _ = TopicTemplate::parse(&text);

@@ -3,9 +3,21 @@
 use std::{fmt, str::FromStr};
 
 use relay_core::Lsn;
-use service::{Failure, exit};
+use serde_json::json;
+use service::{
+    Failure, exit,
+    table::{self, or_dash, printable},
+};
 
-use crate::{config::Settings, error::Error, setup::Desk};
+use crate::{
+    config::Settings,
+    error::Error,
+    foreign::{Event, Foreign},
+    ledger::Checkpoint,
+    position::Doubt,
+    setup::Desk,
+    slot::Slot,
+};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct AcceptGap {
@@ -20,6 +32,9 @@ pub(super) struct AcceptGap {
     /// Do it. Without this, only say what would be done
     #[arg(long)]
     yes: bool,
+    /// Say it as one JSON object
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,68 +77,151 @@ impl fmt::Display for Plan {
     }
 }
 
+/// What there is to decide on.
+struct Found {
+    checkpoint: Option<Checkpoint>,
+    /// None where there is none.
+    slot: Option<Slot>,
+    doubt: Option<Doubt>,
+    /// Events that exist only in Kafka.
+    foreign: Option<Foreign>,
+    /// None when nothing is in doubt.
+    plan: Option<Plan>,
+}
+
 /// Says what would be given up, and with `--yes` gives it up.
 pub(super) fn accept_gap(settings: &Settings, command: &AcceptGap) -> Result<(), Failure> {
     let mut desk = Desk::open(settings).map_err(Error::into_failure)?;
-    let plan = plan(&mut desk, settings, command).map_err(Error::into_failure)?;
-    let Some(plan) = plan else {
-        println!("nothing to accept: slot and checkpoint belong together");
-        return Ok(());
-    };
-    println!("{:<12} {plan}", if command.yes { "doing" } else { "would" });
+    let found = look(&mut desk, command).map_err(Error::into_failure)?;
+    if command.json {
+        println!("{}", found.as_json(&settings.slot));
+    } else {
+        found.print(&settings.slot, command.yes);
+    }
+    let Some(plan) = found.plan else { return Ok(()) };
     if !command.yes {
         let what =
             "nothing was changed: what lies before that point and is not in Kafka would never be published";
         return Err(Failure::new(exit::Kind::Halted, what).hint("run it again with --yes to accept that"));
     }
-    let carry_out = || -> Result<Lsn, Error> {
-        let lsn = match plan {
-            Plan::MakeSlot { drop_first } => desk.make_slot_again(drop_first)?,
-            Plan::Advance(to) => desk.advance(to)?,
-            Plan::TakeAsItIs(lsn) => lsn,
-        };
-        desk.accept(lsn)?;
-        Ok(lsn)
-    };
-    let mut carry_out = carry_out;
-    let lsn = carry_out().map_err(Error::into_failure)?;
-    println!("{:<12} {lsn}", "checkpoint");
+    let lsn = carry_out(&mut desk, plan).map_err(Error::into_failure)?;
+    if !command.json {
+        println!("{:<12} {lsn}", "checkpoint");
+    }
     Ok(())
 }
 
-/// Looks at everything, tells it, and decides. None when nothing is in doubt.
-fn plan(desk: &mut Desk<'_>, settings: &Settings, command: &AcceptGap) -> Result<Option<Plan>, Error> {
-    match &desk.ledger.checkpoint {
-        Some(c) => {
-            println!("{:<12} {} ({}, {}, timeline {})", "checkpoint", c.lsn, c.at, c.instance, c.timeline);
+fn carry_out(desk: &mut Desk<'_>, plan: Plan) -> Result<Lsn, Error> {
+    let lsn = match plan {
+        Plan::MakeSlot { drop_first } => desk.make_slot_again(drop_first)?,
+        Plan::Advance(to) => desk.advance(to)?,
+        Plan::TakeAsItIs(lsn) => lsn,
+    };
+    desk.accept(lsn)?;
+    Ok(lsn)
+}
+
+/// Looks at everything, and decides.
+fn look(desk: &mut Desk<'_>, command: &AcceptGap) -> Result<Found, Error> {
+    let checkpoint = desk.ledger.checkpoint.clone();
+    let slot = desk.slot()?;
+    // Whatever becomes of the slot: one that a promotion did not keep says nothing of what the checkpoint covers.
+    let confirmed = slot.as_ref().filter(|slot| !slot.is_lost).and_then(|slot| slot.confirmed);
+    let doubt = desk
+        .doubt(confirmed.unwrap_or(Lsn::ZERO))
+        .filter(|doubt| confirmed.is_some() || doubt.beyond().is_some());
+    let foreign = doubt.as_ref().and_then(Doubt::beyond).map(|beyond| desk.foreign(beyond)).transpose()?;
+    let plan = match (&slot, confirmed) {
+        (None, _) => Some(Plan::MakeSlot { drop_first: false }),
+        (Some(_), None) => Some(Plan::MakeSlot { drop_first: true }),
+        (Some(_), Some(confirmed)) if command.from_slot => Some(Plan::TakeAsItIs(confirmed)),
+        (Some(_), Some(confirmed)) => {
+            let to = match command.through {
+                None => None,
+                // A slot that is confirmed beyond the beginning of a commit's record leaves that transaction out.
+                Some(Through::Commit(lsn)) => Some(Lsn(lsn.0.saturating_add(1))),
+                Some(Through::Now) => Some(desk.wal_end()?),
+            };
+            match to.filter(|to| *to > confirmed) {
+                Some(to) => Some(Plan::Advance(to)),
+                None => doubt.as_ref().map(|_| Plan::TakeAsItIs(confirmed)),
+            }
         }
-        None => println!("{:<12} none", "checkpoint"),
-    }
-    let name = &settings.slot;
-    let Some(slot) = desk.slot()? else {
-        println!("{:<12} {name:?} does not exist", "slot");
-        return Ok(Some(Plan::MakeSlot { drop_first: false }));
     };
-    let Some(confirmed) = slot.confirmed.filter(|_| !slot.is_lost) else {
-        println!("{:<12} {name:?} is lost: the server has removed the log that it still needed", "slot");
-        return Ok(Some(Plan::MakeSlot { drop_first: true }));
-    };
-    println!("{:<12} {name:?}, confirmed LSN {confirmed}", "slot");
-    let doubt = desk.doubt(confirmed);
-    if let Some(doubt) = &doubt {
-        println!("{:<12} {doubt}", "in doubt");
+    Ok(Found { checkpoint, slot, doubt, foreign, plan })
+}
+
+impl Found {
+    fn print(&self, name: &str, yes: bool) {
+        match &self.checkpoint {
+            Some(c) => {
+                println!(
+                    "{:<12} {} ({}, {}, timeline {})",
+                    "checkpoint", c.lsn, c.at, c.instance, c.timeline
+                );
+            }
+            None => println!("{:<12} none", "checkpoint"),
+        }
+        match &self.slot {
+            None => println!("{:<12} {name:?} does not exist", "slot"),
+            Some(Slot { confirmed: Some(confirmed), is_lost: false, .. }) => {
+                println!("{:<12} {name:?}, confirmed LSN {confirmed}", "slot");
+            }
+            Some(_) => {
+                println!(
+                    "{:<12} {name:?} is lost: the server has removed the log that it still needed",
+                    "slot"
+                );
+            }
+        }
+        if let Some(doubt) = &self.doubt {
+            println!("{:<12} {doubt}", "in doubt");
+        }
+        if let Some(foreign) = &self.foreign {
+            print_events(foreign);
+        }
+        match &self.plan {
+            Some(plan) => println!("{:<12} {plan}", if yes { "doing" } else { "would" }),
+            None => println!("nothing to accept: slot and checkpoint belong together"),
+        }
     }
-    if command.from_slot {
-        return Ok(Some(Plan::TakeAsItIs(confirmed)));
+
+    fn as_json(&self, name: &str) -> serde_json::Value {
+        let slot = self.slot.as_ref().map(|slot| {
+            let confirmed = slot.confirmed.map(|lsn| lsn.to_string());
+            json!({ "name": name, "confirmed": confirmed, "isLost": slot.is_lost })
+        });
+        json!({
+            "checkpoint": self.checkpoint,
+            "slot": slot,
+            "inDoubt": self.doubt.as_ref().map(ToString::to_string),
+            "onlyInKafka": self.foreign,
+            "plan": self.plan.map(|plan| plan.to_string()),
+        })
     }
-    let to = match command.through {
-        None => None,
-        // A slot that is confirmed beyond the beginning of a commit's record leaves that transaction out.
-        Some(Through::Commit(lsn)) => Some(Lsn(lsn.0.saturating_add(1))),
-        Some(Through::Now) => Some(desk.wal_end()?),
+}
+
+/// Every one of them.
+fn print_events(foreign: &Foreign) {
+    println!("{:<12} {}", "Kafka only", foreign.describe());
+    let row = |event: &Event| {
+        [
+            event.lsn.to_string(),
+            event.seq.to_string(),
+            or_dash(&printable(&event.id)),
+            or_dash(&printable(&event.kind)),
+            printable(&format!("{}/{}", or_dash(&event.aggregate_type), or_dash(&event.aggregate_id))),
+            format!("{}/{}/{}", event.topic, event.partition, event.offset),
+        ]
     };
-    Ok(match to.filter(|to| *to > confirmed) {
-        Some(to) => Some(Plan::Advance(to)),
-        None => doubt.map(|_| Plan::TakeAsItIs(confirmed)),
-    })
+    let rows: Vec<_> = foreign.events.iter().map(row).collect();
+    if !rows.is_empty() {
+        table::print(["LSN", "SEQ", "ID", "TYPE", "AGGREGATE", "TOPIC/PARTITION/OFFSET"], &rows);
+    }
+    if foreign.more > 0 {
+        println!("and {} more", foreign.more);
+    }
+    for (topic, why) in &foreign.unread {
+        println!("{:<12} topic {topic}: {why}", "not read");
+    }
 }

@@ -1,6 +1,7 @@
 //! The command line.
 
 mod accept_gap;
+mod check;
 mod dlq;
 mod init;
 mod probe;
@@ -77,6 +78,11 @@ enum Command {
     ///
     /// Without --yes it only says what it would do, and exits with 65 if that is anything.
     AcceptGap(accept_gap::AcceptGap),
+    /// Look for what should be mended before it hurts, and say what mends it: at present, what the slot still needs to
+    /// survive the promotion of a standby.
+    ///
+    /// Changes nothing. Exits with 65 if anything was found.
+    Check(check::Check),
     /// Read and decode the slot's log to nowhere, and say how fast that went.
     ///
     /// Tells how fast this Postgres can give us this slot's log, and nothing else happens: nothing is published, and
@@ -142,6 +148,7 @@ fn carry_out(cli: Cli) -> Result<(), Failure> {
     match cli.command {
         Some(Command::Init) => init::init(&settings),
         Some(Command::AcceptGap(command)) => accept_gap::accept_gap(&settings, &command),
+        Some(Command::Check(check)) => check::check(&settings, &check),
         Some(Command::Probe(probe)) => probe::probe(&settings, &probe),
         Some(Command::Dlq { command }) => dlq::carry_out(&settings, &command),
         _ => run::run(settings),

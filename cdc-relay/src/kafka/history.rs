@@ -20,13 +20,13 @@ use crate::{
 };
 
 /// How long one wait may last; a stop waits as long.
-const POLL: Duration = Duration::from_millis(100);
+pub(super) const POLL: Duration = Duration::from_millis(100);
 const METADATA_TIMEOUT: Duration = Duration::from_secs(1);
 /// How often a topic must be reported missing before that is believed: a broker may be a moment behind.
 const MISSING_TRIES: u32 = 3;
 
 /// What the consumer holds of a topic that is not handed out yet, in KiB; one message may exceed it.
-const QUEUED_KIB: &str = "4096";
+pub(super) const QUEUED_KIB: &str = "4096";
 /// A record so many offsets ahead is read up to; one further away is jumped to.
 const READ_ON_OFFSETS: i64 = 1000;
 
@@ -204,7 +204,7 @@ fn partitions(
     }
 }
 
-fn not_allowed(topic: &str) -> Error {
+pub(super) fn not_allowed(topic: &str) -> Error {
     Error::new(Kind::Refused, format!("Kafka does not allow us to read topic {topic}")).hint(format!(
         "grant it (kafka-acls.sh --add --operation Read --topic {topic} --allow-principal User:…), then start again"
     ))

@@ -2,6 +2,7 @@
 
 use crate::{
     database::Database,
+    pair::major_version,
     relay::{Relay, command, init},
 };
 
@@ -54,6 +55,51 @@ fn without_slot_publication_or_permission_run_stops_with_the_remedy() {
     database.run(&format!("SELECT pg_drop_replication_slot('{slot}')"));
     database.run(&format!("SELECT pg_create_logical_replication_slot('{slot}', 'test_decoding')"));
     ends(&database, 65, "test_decoding");
+}
+
+#[test]
+fn a_slot_is_synchronised_to_standbys_where_it_is_wanted_and_the_server_can() {
+    let mut database = Database::new();
+    let run = |database: &Database, arguments: &[&str]| {
+        let output =
+            command(database).args(arguments).env("CDC_RELAY_POSTGRES__FAILOVER", "true").output().unwrap();
+        (output.status.code(), String::from_utf8([output.stdout, output.stderr].concat()).unwrap())
+    };
+    if major_version() < 17 {
+        let (code, said) = run(&database, &["init"]);
+        assert!(code == Some(64) && said.contains("needs PostgreSQL 17 or later"), "{said}");
+        // One that is there stays as it is.
+        init(&database);
+        assert_eq!(run(&database, &["init"]).0, Some(64));
+        assert_eq!(
+            database.number("SELECT count(*) FROM pg_replication_slots WHERE slot_name = current_database()"),
+            1
+        );
+        return;
+    }
+    let is_failover =
+        format!("SELECT failover::text FROM pg_replication_slots WHERE slot_name = '{}'", database.slot);
+    init(&database);
+    assert_eq!(database.text(&is_failover), "false");
+    let relay = Relay::start(&database, &[]);
+    let (code, said) = run(&database, &["init"]);
+    assert!(
+        code == Some(75) && said.contains("NOT synchronised") && said.contains("stop every relay"),
+        "{said}"
+    );
+    relay.stop();
+    let (code, said) = run(&database, &["init"]);
+    assert!(code == Some(0) && said.contains("synchronised to standbys from now on"), "{said}");
+    assert_eq!(database.text(&is_failover), "true");
+    let said = String::from_utf8(init(&database).stdout).unwrap();
+    assert!(said.contains(", synchronised to standbys\n"), "it is never switched off: {said}");
+
+    let mut another = Database::new();
+    assert_eq!(run(&another, &["init"]).0, Some(0));
+    let slot = another.slot.clone();
+    let made =
+        another.text(&format!("SELECT failover::text FROM pg_replication_slots WHERE slot_name = '{slot}'"));
+    assert_eq!(made, "true");
 }
 
 #[test]

@@ -4,12 +4,15 @@
 #![allow(clippy::unwrap_used)]
 
 mod certificates;
+mod check;
 mod database;
 mod delivery;
 mod dlq;
 mod exactly_once;
 mod extremes;
+mod failover;
 mod failures;
+mod hosts;
 mod idle;
 mod init;
 mod kafka_admin;
@@ -17,6 +20,7 @@ mod kafka_secure;
 mod load;
 mod log;
 mod network;
+mod pair;
 mod poison;
 mod position;
 mod privileges;

@@ -116,9 +116,14 @@ fn a_log_that_ends_before_the_checkpoint_halts() {
     run_once(&mut database, &topic, 0);
     let body = r#"{"lsn":"FFFFFFFF/0","seq":0,"timeline":1,"instance":"i","publication":"p","at":"t"}"#;
     put(CHECKPOINTS, &own_key(&mut database), Some(body));
-    let log = halted(&database);
-    assert!(log.contains("restored from a backup"), "{log}");
-    assert_eq!(accept_gap(&database, &["--yes"]).0, Some(0));
+    // By the default template the topics of all tests would be searched for what the server does not have.
+    let route = ("CDC_RELAY_ROUTE__TOPIC", topic.name.as_str());
+    let mut relay = Relay::spawn(&database, &[route]);
+    assert_eq!(relay.wait().code(), Some(65), "{}", relay.log());
+    let log = relay.log();
+    assert!(log.contains("restored from a backup") && log.contains("no event was found in Kafka"), "{log}");
+    let accepted = command(&database).args(["accept-gap", "--yes"]).env(route.0, route.1).output().unwrap();
+    assert_eq!(accepted.status.code(), Some(0));
     run_once(&mut database, &topic, 10);
 }
 

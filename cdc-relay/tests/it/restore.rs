@@ -6,7 +6,7 @@ use crate::{
     database::Database,
     relay::{Relay, command, init},
     stack::Stack,
-    topics::{Topic, assert_complete_and_ordered},
+    topics::{Topic, assert_complete_and_ordered, headers},
 };
 
 /// A stack's Postgres, its files within reach while it is down.
@@ -83,6 +83,17 @@ fn a_restored_server_halts_whether_it_kept_its_timeline_or_not_and_a_promoted_on
     });
     let log = cold.halted();
     assert!(log.contains("restored from a backup") && log.contains("cdc-relay accept-gap"), "{log}");
+    // Twenty, less those at whose LSNs the restored server has written something of its own.
+    let last = cold.topic.read(30).pop().unwrap();
+    let output = command(&cold.database).args(["accept-gap", "--json"]).output().unwrap();
+    let told: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let events = told["onlyInKafka"]["events"].as_array().unwrap();
+    assert!((10..=20).contains(&events.len()), "{told}");
+    let id = headers(&last)[0].1.clone().unwrap();
+    assert!(
+        log.contains(" exist only in Kafka: ") && events.last().unwrap()["id"] == id.as_str(),
+        "{log}\n{told}"
+    );
 
     cold.while_down(switch_timeline);
     let log = cold.halted();

@@ -154,16 +154,17 @@ pub(crate) fn read_keyed(topic: &str, key: &str) -> Vec<OwnedMessage> {
     list.add_partition_offset(topic, 0, Offset::Beginning).unwrap();
     consumer.assign(&list).unwrap();
     let mut found = Vec::new();
-    eventually(&format!("the end of {topic}"), || match consumer.poll(Duration::from_millis(200)) {
-        Some(Err(KafkaError::PartitionEOF(_))) => Some(()),
-        Some(message) => {
+    eventually(&format!("the end of {topic}"), || {
+        while let Some(message) = consumer.poll(Duration::from_millis(200)) {
+            if matches!(message, Err(KafkaError::PartitionEOF(_))) {
+                return Some(());
+            }
             let message = message.unwrap().detach();
             if message.key() == Some(key.as_bytes()) {
                 found.push(message);
             }
-            None
         }
-        None => None,
+        None
     });
     found
 }
