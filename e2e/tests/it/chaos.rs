@@ -35,6 +35,15 @@ fn nothing_is_wrong(summary: &Value) {
 }
 
 #[test]
+fn twenty_faults_in_exactly_once_mode_repeat_nothing_either() {
+    let summary = campaign("exactly-once", 2);
+    nothing_is_wrong(&summary);
+    assert_eq!(summary["duplicates"], 0, "{summary}");
+    assert_eq!(summary["published"], summary["committed"]);
+    tell(&format!("{FAULTS} faults, {} rows committed, each published once", summary["committed"]));
+}
+
+#[test]
 fn twenty_faults_lose_nothing_and_keep_the_order() {
     let summary = campaign("at-least-once", 1);
     nothing_is_wrong(&summary);

@@ -314,12 +314,8 @@ async fn servers(up: &Up, layout: &Layout, places: &Places, progress: &Progress)
     Ok(specs)
 }
 
-/// At least once is the default.
 fn delivery_env(delivery: Delivery) -> Vec<(&'static str, String)> {
-    match delivery {
-        Delivery::AtLeastOnce => Vec::new(),
-        Delivery::ExactlyOnce => vec![("CDC_RELAY_DELIVERY", delivery.name())],
-    }
+    vec![("CDC_RELAY_KAFKA__DELIVERY", delivery.name())]
 }
 
 fn service_specs(layout: &Layout, places: &Places, delivery: Delivery) -> Result<Vec<Spec>> {
