@@ -1,6 +1,6 @@
 //! Carrying faults out: each breaks something, waits, and mends it again.
 
-use std::{fs, sync::Arc, time::Duration};
+use std::{fs, os::unix::process::ExitStatusExt, process::ExitStatus, sync::Arc, time::Duration};
 
 use rustix::process::Signal;
 use sqlx::{Connection, PgConnection};
@@ -15,6 +15,7 @@ use crate::{
     ending,
     failure::{Explain, Failure, Result},
     identity, logs, postgres,
+    spec::{Layer, Probe},
 };
 
 /// How long a relay may take to stop when asked to: its drain, and some more on a busy machine.
@@ -34,9 +35,7 @@ pub(super) async fn strike(stage: &Stage, planned: Planned) -> Result<String> {
         Fault::RelayKill => kill(stage, relay(stage, planned.pick).await?, planned).await,
         Fault::RelayPause => pause(stage, relay(stage, planned.pick).await?, planned).await,
         Fault::RelayTerm => term(stage, relay(stage, planned.pick).await?, planned).await,
-        Fault::BrokerKill => kill(stage, broker(stage, planned.pick)?, planned).await,
-        Fault::ControllerKill => kill(stage, controller(stage)?, planned).await,
-        Fault::BrokerPause => pause(stage, broker(stage, planned.pick)?, planned).await,
+        Fault::BrokerKill | Fault::ControllerKill | Fault::BrokerPause => strike_broker(stage, planned).await,
         Fault::PostgresImmediate => immediate(stage, stage.actor("postgres")?, planned).await,
         Fault::PostgresCrash => kill(stage, stage.actor("postgres")?, planned).await,
         Fault::WalsenderKill => kill_walsender(stage).await,
@@ -53,11 +52,11 @@ pub(super) async fn strike(stage: &Stage, planned: Planned) -> Result<String> {
     }
 }
 
-/// Holds a process that runs: one that ended by itself is a violation, and is started first.
+/// Holds a process that runs: one that ended by itself is told of, and started first.
 pub(super) async fn hold<'a>(stage: &Stage, actor: &'a Actor) -> Result<Held<'a>> {
     let mut held = actor.hold().await;
     if let Some(how) = held.ended_by_itself() {
-        stage.violation(how);
+        stage.ended(actor, how);
         held.start().await?;
     }
     Ok(held)
@@ -81,11 +80,16 @@ async fn pause(stage: &Stage, actor: &Arc<Actor>, planned: Planned) -> Result<St
 
 async fn term(stage: &Stage, actor: &Arc<Actor>, planned: Planned) -> Result<String> {
     let mut held = hold(stage, actor).await?;
+    // One that has hardly begun does not listen to signals yet.
+    let was_up =
+        Probe::Http { url: format!("http://127.0.0.1:{}/health/live", actor.spec.port) }.attempt().await;
     held.signal(Signal::TERM);
     let status = held.ended(TERM_LIMIT).await?;
-    if let Some(status) =
-        status.filter(|status| !status.code().is_some_and(|code| TERM_CODES.contains(&code)))
-    {
+    let is_fine = |status: &ExitStatus| match status.code() {
+        Some(code) => TERM_CODES.contains(&code),
+        None => !was_up && status.signal() == Some(Signal::TERM.as_raw()),
+    };
+    if let Some(status) = status.filter(|status| !is_fine(status)) {
         let failure = Failure::new(format!("{} at SIGTERM: {}", actor.spec.name, ending::describe(status)));
         stage.violation(logs::with_tail(failure, &actor.spec.log).to_string());
     }
@@ -156,8 +160,26 @@ async fn is_streaming(relay: &Actor) -> bool {
 
 fn consumer(stage: &Stage, choice: u32) -> Result<&Arc<Actor>> {
     let consumers: Vec<_> =
-        stage.actors.values().filter(|actor| actor.spec.layer == crate::spec::Layer::Consumer).collect();
+        stage.actors.values().filter(|actor| actor.spec.layer == Layer::Consumer).collect();
     pick(&consumers, choice)
+}
+
+/// One broker at a time, until it is back: what three of them are made to bear. Two would be an outage of Kafka for as
+/// long as they take to start, after which a relay that Kafka never let in gives up.
+async fn strike_broker(stage: &Stage, planned: Planned) -> Result<String> {
+    let _turn = stage.brokers.lock().await;
+    let broker = match planned.fault {
+        Fault::ControllerKill => controller(stage)?,
+        _ => broker(stage, planned.pick)?,
+    };
+    let hit = match planned.fault {
+        Fault::BrokerPause => pause(stage, broker, planned).await?,
+        _ => kill(stage, broker, planned).await?,
+    };
+    if let Err(failure) = broker.ready().await {
+        stage.violation(failure.to_string());
+    }
+    Ok(hit)
 }
 
 /// A broker that is not the active controller.

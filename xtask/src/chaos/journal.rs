@@ -33,6 +33,9 @@ pub(super) struct Round {
     pub(super) verdict: Verdict,
     /// What must not have happened: processes that ended by themselves, and what the checker found.
     pub(super) violations: Vec<String>,
+    /// Brokers that ended by themselves.
+    #[serde(default)]
+    pub(super) notes: Vec<String>,
 }
 
 /// The file of one campaign, and the rounds in it.
@@ -112,7 +115,14 @@ mod tests {
     fn round(number: u64) -> Round {
         let planned = plan::round(1, number, plan::ROUND);
         let faults = planned.into_iter().map(|planned| Struck { planned, hit: "it".to_owned() }).collect();
-        Round { number, faults, seconds: 3, verdict: Verdict::default(), violations: vec!["one".to_owned()] }
+        Round {
+            number,
+            faults,
+            seconds: 3,
+            verdict: Verdict::default(),
+            violations: vec!["one".to_owned()],
+            notes: Vec::new(),
+        }
     }
 
     #[test]

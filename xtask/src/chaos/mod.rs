@@ -121,6 +121,9 @@ async fn play(
         };
         drop(step);
         progress.line(&table::line(&round, journal.faults(), wanted));
+        for note in &round.notes {
+            progress.line(&format!("   {note}"));
+        }
         if !round.violations.is_empty() {
             let kept = evidence::keep(layout, journal.path(), &round)?;
             progress.line(&format!(
@@ -165,9 +168,9 @@ async fn round(
         stage.heal().await;
         faults.push(Struck { planned, hit });
     }
-    let mut violations = stage.take_violations();
+    let (mut violations, notes) = stage.take_told();
     violations.extend(found(&verdict, delivery));
-    Ok(Round { number, faults, seconds: since.elapsed().as_secs(), verdict, violations })
+    Ok(Round { number, faults, seconds: since.elapsed().as_secs(), verdict, violations, notes })
 }
 
 /// All faults of a round, each at its moment; they may overlap.

@@ -25,7 +25,7 @@ use crate::{
     postgres, prerequisites,
     progress::Progress,
     services,
-    spec::Spec,
+    spec::{Layer, Spec},
     topics::{self, Topic},
 };
 
@@ -63,7 +63,10 @@ pub(super) struct Stage {
     pub(super) targets: Targets,
     places: Places,
     delivery: Delivery,
+    /// Whose turn it is to strike a broker.
+    pub(super) brokers: tokio::sync::Mutex<()>,
     violations: Mutex<Vec<String>>,
+    notes: Mutex<Vec<String>>,
 }
 
 /// Who listens where.
@@ -154,7 +157,9 @@ impl Stage {
                 topics: TOPICS.map(str::to_owned).to_vec(),
             },
             delivery,
+            brokers: tokio::sync::Mutex::default(),
             violations: Mutex::default(),
+            notes: Mutex::default(),
             places,
         })
     }
@@ -214,9 +219,18 @@ impl Stage {
         self.violations.lock().unwrap_or_else(PoisonError::into_inner).push(what.into());
     }
 
-    /// What happened since the last call.
-    pub(super) fn take_violations(&self) -> Vec<String> {
-        std::mem::take(&mut *self.violations.lock().unwrap_or_else(PoisonError::into_inner))
+    /// A process has ended by itself. None of ours may; that a broker does is one more fault.
+    pub(super) fn ended(&self, actor: &Actor, how: String) {
+        let to = if actor.spec.layer > Layer::Kafka { &self.violations } else { &self.notes };
+        to.lock().unwrap_or_else(PoisonError::into_inner).push(how);
+    }
+
+    /// What must not have happened since the last call, and what else is worth telling.
+    pub(super) fn take_told(&self) -> (Vec<String>, Vec<String>) {
+        let take = |told: &Mutex<Vec<String>>| {
+            std::mem::take(&mut *told.lock().unwrap_or_else(PoisonError::into_inner))
+        };
+        (take(&self.violations), take(&self.notes))
     }
 
     /// Looks for processes that ended by themselves, and starts them again. Runs until it is dropped.
@@ -225,7 +239,7 @@ impl Stage {
             for actor in self.actors.values() {
                 let Some(mut held) = actor.try_hold() else { continue };
                 if let Some(how) = held.ended_by_itself() {
-                    self.violation(how);
+                    self.ended(actor, how);
                     held.start().await?;
                 }
             }

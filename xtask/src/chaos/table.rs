@@ -161,6 +161,7 @@ mod tests {
             seconds: 1,
             verdict: Verdict { duplicates, ..Verdict::default() },
             violations: Vec::new(),
+            notes: Vec::new(),
         }
     }
 
