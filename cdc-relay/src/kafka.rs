@@ -52,6 +52,7 @@ use crate::{
     admin::Metrics,
     config::KafkaConfig,
     error::{Error, Kind},
+    faults::{self, Fault},
     wait::Waker,
 };
 
@@ -346,6 +347,9 @@ impl Producer {
         (message.key, message.payload, message.partition) = (record.key, record.value, record.partition);
         match self.inner.send(message) {
             Ok(()) => {
+                if faults::has(Fault::ConfirmOnEnqueue) {
+                    self.inner.context().reports().acknowledged.push(ticket);
+                }
                 self.enqueued += 1;
                 Ok(Offer::Taken)
             }

@@ -9,6 +9,7 @@ mod diversions;
 mod dlq;
 mod error;
 mod foreign;
+mod faults;
 mod kafka;
 mod ledger;
 mod monitor;

@@ -80,6 +80,15 @@ fn compile(args: &cli::Test, home: &Layout, progress: &Progress) -> Result<()> {
     if names_a_package(&args.args) {
         services::build(home, progress)?;
     }
+    // The relay with deliberate faults, which cargo builds only where it is asked for.
+    let mut faulty = services::cargo(home)?;
+    faulty.args(["build", "--release", "--bin", "cdc-relay-faulty", "--features", "cdc-relay/faults"]);
+    // With this package, so that no dependency is compiled again (see its manifest).
+    faulty.args(["-p", "cdc-relay", "-p", "xtask"]);
+    let status = faulty.stdin(Stdio::null()).status().explain(|| "start cargo".to_owned())?;
+    if !status.success() {
+        return Err(Failure::new("the relay with deliberate faults does not compile"));
+    }
     let before: Vec<&String> = args.args.iter().take_while(|arg| *arg != "--").collect();
     let mut cargo = services::cargo(home)?;
     cargo.args(["test", "--release", "--no-run"]);

@@ -7,6 +7,7 @@ use rdkafka::{
 use crate::{
     config::KafkaConfig,
     error::{Error, Kind},
+    faults::{self, Fault},
 };
 
 /// Settings that name a file (the first two also a folder).
@@ -66,6 +67,9 @@ pub(super) fn client_config(config: &KafkaConfig) -> ClientConfig {
         .set("queue.buffering.max.messages", "0")
         .set("queue.buffering.max.kbytes", "2147483647")
         .set_log_level(RDKafkaLogLevel::Info);
+    if faults::has(Fault::RetryReorders) {
+        client.set("enable.gapless.guarantee", "false").set("enable.idempotence", "false");
+    }
     client
 }
 

@@ -21,7 +21,11 @@ use super::{
     door::Door,
     refusal::{Failed, is_consequence},
 };
-use crate::{admin::Metrics, wait::Waker};
+use crate::{
+    admin::Metrics,
+    faults::{self, Fault},
+    wait::Waker,
+};
 
 /// Stands for the checkpoint where a record has its ticket.
 pub(super) const CHECKPOINT: usize = usize::MAX;
@@ -144,7 +148,7 @@ impl ProducerContext for Context {
                 let first = reports.acknowledged.is_empty();
                 if ticket == CHECKPOINT {
                     reports.checkpointed = true;
-                } else {
+                } else if !faults::has(Fault::ConfirmOnEnqueue) {
                     reports.acknowledged.push(Ticket(ticket as u64));
                 }
                 drop(reports);

@@ -25,28 +25,28 @@ pub(crate) struct Load {
 }
 
 impl Load {
-    /// Inserts rows as [`Database::insert`] does, counted from 0, until it is [stopped](Self::stop).
-    pub(crate) fn start(database: &Database, kind: &str) -> Self {
+    /// Inserts rows as [`Database::insert`] does, counted from `first`, until it is [stopped](Self::stop).
+    pub(crate) fn start(database: &Database, kind: &str, first: usize) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let (stopped, options, kind) = (Arc::clone(&stop), database.options.clone(), kind.to_owned());
         let write = move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             runtime.block_on(async {
                 let mut connection = PgConnection::connect_with(&options).await.unwrap();
-                let mut written = 0;
+                let mut next = first;
                 while !stopped.load(Ordering::Relaxed) {
-                    let rows = sqlx::AssertSqlSafe(counted(&kind, written, ROWS));
+                    let rows = sqlx::AssertSqlSafe(counted(&kind, next, ROWS));
                     connection.execute(rows).await.unwrap();
-                    written += ROWS;
+                    next += ROWS;
                     tokio::time::sleep(PAUSE).await;
                 }
-                written
+                next
             })
         };
         Self { stop, writer: Some(std::thread::spawn(write)) }
     }
 
-    /// How many rows there are.
+    /// The number that would come next.
     pub(crate) fn stop(mut self) -> usize {
         self.stop.store(true, Ordering::Relaxed);
         self.writer.take().unwrap().join().unwrap()

@@ -13,6 +13,7 @@ mod extremes;
 mod failover;
 mod failures;
 mod hosts;
+mod faults;
 mod idle;
 mod init;
 mod kafka_admin;

@@ -2,6 +2,7 @@
 
 use std::{
     io::{BufRead as _, BufReader},
+    path::Path,
     process::{Child, Command, ExitStatus, Output, Stdio},
     sync::{Arc, Mutex},
     thread::JoinHandle,
@@ -9,9 +10,16 @@ use std::{
 
 use crate::database::{Database, eventually};
 
+/// The relay as it is delivered.
+pub(crate) const RELAY: &str = env!("CARGO_BIN_EXE_cdc-relay");
+
 /// A command with the configuration that a test's relay has, and nothing else.
 pub(crate) fn command(database: &Database) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_cdc-relay"));
+    command_of(Path::new(RELAY), database)
+}
+
+fn command_of(program: &Path, database: &Database) -> Command {
+    let mut command = Command::new(program);
     command
         .env("CDC_RELAY_POSTGRES__URL", database.url())
         .env("CDC_RELAY_POSTGRES__SLOT", &database.slot)
@@ -35,7 +43,12 @@ pub(crate) struct Relay {
 impl Relay {
     /// Starts `cdc-relay run` with further environment, and does not wait.
     pub(crate) fn spawn(database: &Database, environment: &[(&str, &str)]) -> Self {
-        let mut child = command(database)
+        Self::spawn_of(Path::new(RELAY), database, environment)
+    }
+
+    /// The same of another build.
+    pub(crate) fn spawn_of(program: &Path, database: &Database, environment: &[(&str, &str)]) -> Self {
+        let mut child = command_of(program, database)
             .arg("run")
             .env("CDC_RELAY_HTTP__LISTEN", "127.0.0.1:0")
             .envs(environment.iter().copied())

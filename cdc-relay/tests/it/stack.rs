@@ -25,12 +25,17 @@ pub(crate) fn folder(name: &str) -> PathBuf {
     dir
 }
 
+/// A program that `cargo xtask test` builds beside this package's.
+pub(crate) fn program(name: &str) -> PathBuf {
+    // This test's binary is target/release/deps/…, and what it starts is two folders up.
+    let program = std::env::current_exe().unwrap().parent().unwrap().parent().unwrap().join(name);
+    assert!(program.exists(), "{} is missing: run the tests by `cargo xtask test`", program.display());
+    program
+}
+
 /// The project's own command, as `cargo xtask` would run it.
 fn xtask() -> Command {
-    // This test's binary is target/release/deps/…, and what it starts is two folders up.
-    let binary = std::env::current_exe().unwrap().parent().unwrap().parent().unwrap().join("xtask");
-    assert!(binary.exists(), "{} is missing: run the tests by `cargo xtask test`", binary.display());
-    let mut command = Command::new(binary);
+    let mut command = Command::new(program("xtask"));
     command.current_dir(repository());
     command
 }

@@ -129,7 +129,7 @@ fn killed(delivery: &Delivery, rounds: usize) {
     init(&database);
     let spawn = || Relay::spawn(&database, delivery.environment);
     let mut relays: Vec<_> = (0..3).map(|_| spawn()).collect();
-    let load = Load::start(&database, &topic.kind);
+    let load = Load::start(&database, &topic.kind, 0);
     let mut slowest_ms = 0;
     for _ in 0..rounds {
         let killed = active(&relays);
@@ -162,7 +162,7 @@ fn handed_over(delivery: &Delivery) {
     let (mut database, topic) = (Database::new(), Topic::new(3, &[]));
     init(&database);
     let mut relays = vec![Relay::start(&database, delivery.environment)];
-    let load = Load::start(&database, &topic.kind);
+    let load = Load::start(&database, &topic.kind, 0);
     for _ in 0..6 {
         let mut next = Relay::spawn(&database, delivery.environment);
         next.wait_for_state("standby");
@@ -220,7 +220,7 @@ fn frozen(delivery: &Delivery) {
     let mut first = Relay::start(&database, delivery.environment);
     let mut second = Relay::spawn(&database, delivery.environment);
     second.wait_for_state("standby");
-    let load = Load::start(&database, &topic.kind);
+    let load = Load::start(&database, &topic.kind, 0);
     wait_for_progress(&topic);
     first.signal(Signal::STOP);
     second.wait_for_state("streaming");

@@ -7,7 +7,7 @@ use rdkafka::{
     admin::{AdminClient, AdminOptions, AlterConfig, NewTopic, ResourceSpecifier, TopicReplication},
     client::DefaultClientContext,
     consumer::{BaseConsumer, Consumer as _},
-    error::KafkaError,
+    error::{KafkaError, RDKafkaErrorCode},
     message::{Headers as _, OwnedMessage},
     producer::{BaseProducer, BaseRecord, Producer as _},
 };
@@ -19,6 +19,8 @@ pub(crate) struct Topic {
     pub(crate) kind: String,
     pub(crate) name: String,
     partitions: i32,
+    /// The brokers that have them; empty: any one.
+    replicas: Vec<i32>,
     brokers: String,
 }
 
@@ -33,6 +35,13 @@ impl Topic {
         topic
     }
 
+    /// One partition on these brokers, the first of which leads it.
+    pub(crate) fn replicated(servers: &Servers, replicas: &[i32], configuration: &[(&str, &str)]) -> Self {
+        let topic = Self { brokers: servers.kafka.clone(), replicas: replicas.to_vec(), ..Self::missing(1) };
+        topic.create(configuration);
+        topic
+    }
+
     /// A topic of one partition and that name.
     pub(crate) fn named(name: &str) -> Self {
         let topic = Self { kind: String::new(), name: name.to_owned(), ..Self::missing(1) };
@@ -43,11 +52,22 @@ impl Topic {
     /// One that does not exist yet.
     pub(crate) fn missing(partitions: i32) -> Self {
         let kind = format!("k{}", unique());
-        Self { name: format!("outbox.event.{kind}"), kind, partitions, brokers: Servers::shared().kafka }
+        Self {
+            name: format!("outbox.event.{kind}"),
+            kind,
+            partitions,
+            replicas: Vec::new(),
+            brokers: Servers::shared().kafka,
+        }
     }
 
     pub(crate) fn create(&self, configuration: &[(&str, &str)]) {
-        let mut new = NewTopic::new(&self.name, self.partitions, TopicReplication::Fixed(1));
+        let replicas = [self.replicas.as_slice()];
+        let replication = match self.replicas.is_empty() {
+            true => TopicReplication::Fixed(1),
+            false => TopicReplication::Variable(&replicas),
+        };
+        let mut new = NewTopic::new(&self.name, self.partitions, replication);
         for (key, value) in configuration {
             new = new.set(key, value);
         }
@@ -67,7 +87,12 @@ impl Topic {
         let mut messages = Vec::new();
         eventually(&format!("{count} records in {}", self.name), || {
             while let Some(message) = consumer.poll(Duration::from_millis(200)) {
-                messages.push(message.unwrap().detach());
+                match message {
+                    Ok(message) => messages.push(message.detach()),
+                    // Of a broker that is down on purpose.
+                    Err(e) if e.rdkafka_error_code() == Some(RDKafkaErrorCode::BrokerTransportFailure) => {}
+                    Err(e) => panic!("{}: {e}", self.name),
+                }
             }
             (messages.len() >= count).then_some(())
         });
@@ -108,28 +133,47 @@ pub(crate) fn headers(message: &OwnedMessage) -> Vec<(String, Option<String>)> {
     headers.iter().map(|h| (h.key.to_owned(), h.value.map(text))).collect()
 }
 
+/// What became of counted rows.
+#[derive(Debug, Default)]
+pub(crate) struct Findings {
+    /// Those without a record.
+    pub(crate) missing: Vec<usize>,
+    /// First occurrences of a key's rows that come after one that was committed later: what there is, and behind what.
+    pub(crate) disordered: Vec<(usize, usize)>,
+    /// How many records were repetitions.
+    pub(crate) repeated: usize,
+}
+
 /// Asserts that the counted rows `0..count` are all there, that the first occurrences of each key are in order,
 /// and says how many records were repetitions.
 pub(crate) fn assert_complete_and_ordered(messages: &[OwnedMessage], count: usize) -> usize {
-    let mut highest: BTreeMap<String, i64> = BTreeMap::new();
+    let Findings { missing, disordered, repeated } = compare(messages, count);
+    assert!(disordered.is_empty(), "rows that come first behind later ones of their key: {disordered:?}");
+    assert!(missing.is_empty(), "missing, among others: {:?}", &missing[..missing.len().min(10)]);
+    repeated
+}
+
+/// Compares the counted rows `0..count` with what is there.
+pub(crate) fn compare(messages: &[OwnedMessage], count: usize) -> Findings {
+    let mut highest: BTreeMap<String, usize> = BTreeMap::new();
     let mut seen = vec![false; count];
-    let mut repeated = 0;
+    let mut findings = Findings::default();
     for message in messages {
         let key = String::from_utf8(message.key().unwrap().to_vec()).unwrap();
         let body: serde_json::Value = serde_json::from_slice(message.payload().unwrap()).unwrap();
-        let n = body["n"].as_i64().unwrap();
-        let index = usize::try_from(n).unwrap();
-        if seen[index] {
-            repeated += 1;
+        let n = usize::try_from(body["n"].as_i64().unwrap()).unwrap();
+        if std::mem::replace(&mut seen[n], true) {
+            findings.repeated += 1;
             continue;
         }
-        seen[index] = true;
-        let before = highest.insert(key.clone(), n);
-        assert!(before.is_none_or(|b| b < n), "key {key}: {n} comes first after {before:?}");
+        let highest = highest.entry(key).or_default();
+        if *highest > n {
+            findings.disordered.push((n, *highest));
+        }
+        *highest = n.max(*highest);
     }
-    let missing: Vec<_> = (0..count).filter(|i| !seen[*i]).take(10).collect();
-    assert!(missing.is_empty(), "missing, among others: {missing:?}");
-    repeated
+    findings.missing = (0..count).filter(|n| !seen[*n]).collect();
+    findings
 }
 
 /// Writes a record, or without a value a tombstone.
