@@ -75,6 +75,10 @@ pub(super) fn refused(failed: &Failed) -> Error {
             "mend the topic's configuration or kafka.properties; the broker's log may say more",
         ),
         code if is_fenced(*code) => fenced(None),
+        Code::Inconsistent => Error::new(
+            Kind::DeliveryFailed,
+            format!("Kafka has not said that it has a record for topic {topic:?}, only one behind it"),
+        ),
         _ => Error::new(
             Kind::DeliveryFailed,
             format!("Kafka did not take a record for topic {topic:?}: {code}"),

@@ -143,6 +143,12 @@ impl ProducerContext for Context {
 
     fn delivery(&self, result: &DeliveryResult<'_>, ticket: usize) {
         match result {
+            // Nobody has said where it is: librdkafka concludes from a later record of its partition that this one was
+            // written as well. But a broker takes any sequence number from a producer that it does not know yet, so after
+            // it has refused the first one for the moment (too few replicas in sync), the second may be the first.
+            Ok(message) if message.offset() < 0 => {
+                self.fail(RDKafkaErrorCode::Inconsistent, Some(message));
+            }
             Ok(_) => {
                 let mut reports = self.reports();
                 let first = reports.acknowledged.is_empty();

@@ -63,9 +63,10 @@ impl Topic {
 
     pub(crate) fn create(&self, configuration: &[(&str, &str)]) {
         let replicas = [self.replicas.as_slice()];
-        let replication = match self.replicas.is_empty() {
-            true => TopicReplication::Fixed(1),
-            false => TopicReplication::Variable(&replicas),
+        let replication = if self.replicas.is_empty() {
+            TopicReplication::Fixed(1)
+        } else {
+            TopicReplication::Variable(&replicas)
         };
         let mut new = NewTopic::new(&self.name, self.partitions, replication);
         for (key, value) in configuration {
