@@ -101,7 +101,7 @@ def main(postgres: str, brokers: str, relay: str) -> None:
     for made in admin.create_topics([new]).values():
         made.result(PATIENCE)
     environment = os.environ | {
-        "CDC_RELAY_DELIVERY": "exactly-once",
+        "CDC_RELAY_KAFKA__DELIVERY": "exactly-once",
         "CDC_RELAY_POSTGRES__URL": url,
         "CDC_RELAY_POSTGRES__SLOT": name,
         "CDC_RELAY_KAFKA__BROKERS": brokers,

@@ -21,6 +21,8 @@ struct Delivery {
 }
 
 const AT_LEAST_ONCE: Delivery = Delivery { environment: &[], may_repeat: true };
+const EXACTLY_ONCE: Delivery =
+    Delivery { environment: &[("CDC_RELAY_KAFKA__DELIVERY", "exactly-once")], may_repeat: false };
 
 impl Delivery {
     /// Asserts what both modes promise, and that nothing is there twice where that is promised. How many records
@@ -105,6 +107,11 @@ fn two_relays_that_start_at_once_share_the_work_as_one() {
     at_once(&AT_LEAST_ONCE);
 }
 
+#[test]
+fn two_relays_that_start_at_once_publish_each_row_once() {
+    at_once(&EXACTLY_ONCE);
+}
+
 fn at_once(delivery: &Delivery) {
     let (mut database, topic) = (Database::new(), Topic::new(2, &[]));
     init(&database);
@@ -122,6 +129,11 @@ fn at_once(delivery: &Delivery) {
 #[test]
 fn the_active_one_of_three_is_killed_again_and_again_and_nothing_is_lost_or_out_of_order() {
     killed(&AT_LEAST_ONCE, 6);
+}
+
+#[test]
+fn the_active_one_of_three_is_killed_again_and_again_and_each_row_is_there_once() {
+    killed(&EXACTLY_ONCE, 6);
 }
 
 fn killed(delivery: &Delivery, rounds: usize) {
@@ -156,6 +168,11 @@ fn killed(delivery: &Delivery, rounds: usize) {
 #[test]
 fn a_relay_that_is_asked_to_stop_hands_over_without_a_repetition() {
     handed_over(&AT_LEAST_ONCE);
+}
+
+#[test]
+fn a_relay_that_is_asked_to_stop_hands_over_with_exactly_once_delivery_too() {
+    handed_over(&EXACTLY_ONCE);
 }
 
 fn handed_over(delivery: &Delivery) {
@@ -210,6 +227,11 @@ fn a_machine_that_vanished_is_followed_once_the_server_gives_it_up() {
 #[test]
 fn a_relay_that_was_frozen_and_wakes_up_without_its_slot_stands_by() {
     frozen(&AT_LEAST_ONCE);
+}
+
+#[test]
+fn a_relay_that_was_frozen_publishes_nothing_with_exactly_once_delivery() {
+    frozen(&EXACTLY_ONCE);
 }
 
 fn frozen(delivery: &Delivery) {
