@@ -33,7 +33,8 @@ pub(crate) fn verify(connection: &mut Connection, settings: &Settings) -> Result
     let Some(confirmed) = find_slot(connection, settings)? else {
         return Err(Error::new(Kind::Halted, format!("replication slot {:?} does not exist", settings.slot))
             .hint("`cdc-relay init` creates it where it never was. Where it was, take what is missing from the outbox table; then `cdc-relay \
-                   accept-gap` creates a new one"));
+                   accept-gap` creates a new one. The promotion of a standby keeps only a slot that was synchronised to it: \
+                   postgres.failover = true, and `cdc-relay check`"));
     };
     let mut setting = |name: &str| -> Result<String, Error> {
         let rows = connection.query("SELECT setting FROM pg_settings WHERE name = $1", &[name])?;

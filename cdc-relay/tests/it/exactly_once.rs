@@ -127,8 +127,8 @@ fn a_row_that_halts_lets_everything_before_its_transaction_be_seen_and_nothing_o
         topic.read(7).iter().map(|m| String::from_utf8_lossy(m.payload().unwrap()).into_owned()).collect();
     let counted: Vec<_> = [0, 1, 2, 3, 4, 5, 7].map(|n| format!("{{\"n\": {n}}}")).into();
     assert_eq!(
-        bodies.iter().map(|b| b.replace(" ", "")).collect::<Vec<_>>(),
-        counted.iter().map(|c| c.replace(" ", "")).collect::<Vec<_>>()
+        bodies.iter().map(|b| b.replace(' ', "")).collect::<Vec<_>>(),
+        counted.iter().map(|c| c.replace(' ', "")).collect::<Vec<_>>()
     );
     relay.stop();
 }
