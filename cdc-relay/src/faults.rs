@@ -7,6 +7,10 @@
 pub(crate) enum Fault {
     /// `confirm-on-enqueue`: a record counts as acknowledged once it is in the producer's queue.
     ConfirmOnEnqueue,
+    /// `checkpoint-outside`: the checkpoint is written beside Kafka's transaction, before that is committed.
+    CheckpointOutside,
+    /// `resume-behind`: with exactly-once delivery, the checkpoint is taken to cover its LSN and the next one.
+    ResumeBehind,
     /// `retry-reorders`: what a broker refuses for the moment is sent again after what was sent behind it.
     RetryReorders,
 }
@@ -17,6 +21,8 @@ pub(crate) fn has(fault: Fault) -> bool {
     static CHOSEN: std::sync::LazyLock<Option<Fault>> =
         std::sync::LazyLock::new(|| match std::env::var("CDC_RELAY_FAULT").as_deref() {
             Ok("confirm-on-enqueue") => Some(Fault::ConfirmOnEnqueue),
+            Ok("checkpoint-outside") => Some(Fault::CheckpointOutside),
+            Ok("resume-behind") => Some(Fault::ResumeBehind),
             Ok("retry-reorders") => Some(Fault::RetryReorders),
             _ => None,
         });

@@ -23,6 +23,7 @@ use crate::{
     diversions::Diversions,
     dlq::redrive::{Hands, Progress, Redrive},
     error::{Error, Kind},
+    faults::{self, Fault},
     kafka::{Done, Offer, Producer, Transactional},
     ledger::{Owner, Reader, Writer},
     position::{self, System},
@@ -246,6 +247,9 @@ impl Session<'_> {
         let mut checkpoint = position::judge(&ledger, self.confirmed_at_start, &self.system)?;
         if self.relay.is_exactly_once() {
             checkpoint = position::resume(&ledger, &self.shared.settings)?;
+        }
+        if self.relay.is_exactly_once() && faults::has(Fault::ResumeBehind) {
+            checkpoint = Lsn(checkpoint.lsn.0 + 1).into();
         }
         self.writer.generation = ledger.generation();
         let refused = std::mem::take(&mut self.refused);

@@ -145,6 +145,13 @@ pub(crate) struct Findings {
     pub(crate) repeated: usize,
 }
 
+impl Findings {
+    /// Whether nothing is missing or out of order.
+    pub(crate) fn is_faultless(&self) -> bool {
+        self.missing.is_empty() && self.disordered.is_empty()
+    }
+}
+
 /// Asserts that the counted rows `0..count` are all there, that the first occurrences of each key are in order,
 /// and says how many records were repetitions.
 pub(crate) fn assert_complete_and_ordered(messages: &[OwnedMessage], count: usize) -> usize {
