@@ -364,10 +364,10 @@ impl Producer {
 
     /// Writes one of the relay's own entries; the checkpoint's has no ticket.
     pub(crate) fn write(&mut self, entry: &Entry, ticket: Option<Ticket>) -> Result<(), Error> {
+        self.begin()?;
         if ticket.is_none() && faults::has(Fault::CheckpointOutside) {
             return self.write_outside(entry);
         }
-        self.begin()?;
         let opaque = ticket.and_then(|t| usize::try_from(t.0).ok()).unwrap_or(CHECKPOINT);
         let mut message = BaseRecord::<str, [u8], _>::with_opaque_to(&entry.topic, opaque).key(&entry.key);
         message.payload = entry.value.as_deref();
@@ -382,7 +382,7 @@ impl Producer {
         let other: BaseProducer = client_config(&self.config).create().map_err(|e| not_taken(&e))?;
         let mut message = BaseRecord::<str, [u8]>::to(&entry.topic).key(&entry.key);
         message.payload = entry.value.as_deref();
-        let sent = other.send(message).map_err(|(e, _)| e).and_then(|()| other.flush(PROBE_TIMEOUT));
+        let sent = other.send(message).map_err(|(e, _)| e).and_then(|()| other.flush(10 * PROBE_TIMEOUT));
         sent.map_err(|e| Error::new(Kind::DeliveryFailed, e.to_string()))?;
         self.inner.context().reports().checkpointed = true;
         Ok(())

@@ -122,7 +122,7 @@ fn killed_while_kafka_takes_nothing(half: &Half, build: &Build, delivery: &[(&st
     topic.configure(BACK.0, BACK.1);
     let relay = build.start(&database, delivery);
     let findings = findings(&mut database, &topic, 100);
-    relay.stop();
+    relay.kill();
     findings
 }
 
