@@ -86,6 +86,25 @@ pub(crate) enum Delivery {
     ExactlyOnce,
 }
 
+/// What a bench's relays promise.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Deliveries {
+    AtLeastOnce,
+    ExactlyOnce,
+    Both,
+}
+
+impl Deliveries {
+    /// Which of them.
+    pub(crate) fn all(self) -> &'static [Delivery] {
+        match self {
+            Self::AtLeastOnce => &[Delivery::AtLeastOnce],
+            Self::ExactlyOnce => &[Delivery::ExactlyOnce],
+            Self::Both => &[Delivery::AtLeastOnce, Delivery::ExactlyOnce],
+        }
+    }
+}
+
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Fuzz {
     /// Which target; all of them, one after the other, unless named
@@ -196,6 +215,10 @@ pub(crate) struct Drain {
     /// A part or a multiple of each workload's rows
     #[arg(long, value_name = "FACTOR", default_value_t = 1.0, value_parser = factor)]
     pub rows_factor: f64,
+    /// What the relay promises; both: one after the other in every round, and what exactly-once costs. The
+    /// relay's other settings are those of its environment variables, `CDC_RELAY_…`
+    #[arg(long, value_enum, value_name = "WHAT", default_value = "at-least-once")]
+    pub delivery: Deliveries,
     /// The version of Postgres
     #[arg(long, value_enum, default_value = "18")]
     pub postgres: Postgres,

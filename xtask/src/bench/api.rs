@@ -20,7 +20,7 @@ use super::{
     drain::version,
     host::{self, Host},
     load::Load,
-    numbers::{SPREAD_LIMIT, Spread},
+    numbers::{SPREAD_LIMIT, Spread, percentile},
     report::table,
     servers::Servers,
     usage::Usage,
@@ -388,12 +388,6 @@ fn usage(pid: u32) -> Usage {
     Usage::of(pid).unwrap_or_default()
 }
 
-/// Of sorted numbers; 0 of none.
-fn percentile(sorted: &[u32], percent: usize) -> u32 {
-    let index = (sorted.len() * percent / 100).min(sorted.len().saturating_sub(1));
-    sorted.get(index).copied().unwrap_or(0)
-}
-
 impl Report {
     fn text(&self) -> String {
         let mut rows = vec![
@@ -464,12 +458,5 @@ mod tests {
             "{script}"
         );
         assert!(!script.contains('$'), "{script}");
-    }
-
-    #[test]
-    fn percentiles_are_of_the_sorted_numbers() {
-        let numbers: Vec<u32> = (1..=200).collect();
-        assert_eq!((percentile(&numbers, 50), percentile(&numbers, 99)), (101, 199));
-        assert_eq!((percentile(&[7], 99), percentile(&[], 99)), (7, 0));
     }
 }

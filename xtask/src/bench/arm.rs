@@ -2,29 +2,26 @@
 
 use std::{
     collections::BTreeMap,
-    fs::File,
     path::{Path, PathBuf},
-    process::Stdio,
     time::{Duration, Instant},
 };
 
-use rdkafka::consumer::{BaseConsumer, Consumer};
-use rustix::process::Signal;
 use serde::Serialize;
 use sqlx::PgConnection;
 use tokio::process::{Child, Command};
 
 use super::{
+    contents::Contents,
+    relay::{END_LIMIT, Relay, Running, reader_log, relay_env},
     servers::{Servers, execute},
     usage::{self, Usage},
     workload::{BASE_SLOT, Written},
 };
 use crate::{
+    cli::Delivery,
     ending,
     failure::{Explain, Failure, Result},
-    identity, kafka, logs, ports, prerequisites,
-    spec::open_log,
-    topics::{self, Topic},
+    logs, prerequisites,
 };
 
 /// How long one measurement may take.
@@ -33,11 +30,6 @@ const LIMIT: Duration = Duration::from_secs(900);
 const LOOK_INTERVAL: Duration = Duration::from_millis(10);
 /// How often the relay is asked how much Kafka has acknowledged.
 const ASK_INTERVAL: Duration = Duration::from_millis(20);
-const ASK_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long a reader that is done may take to end.
-const END_LIMIT: Duration = Duration::from_secs(30);
-/// How many partitions the relay's topic has.
-pub(super) const PARTITIONS: i32 = 3;
 
 /// Who reads.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,13 +39,14 @@ pub(super) enum Arm {
     /// The relay's session and decoding, to nowhere.
     Session(PathBuf),
     /// The whole relay, to Kafka.
-    Relay(PathBuf),
+    Relay(Relay),
 }
 
 /// What one run took.
 #[derive(Debug, Clone, Default, Serialize)]
 pub(super) struct Run {
-    /// From the start of the process until all is read; for the whole relay until Kafka has acknowledged all.
+    /// From the start of the process until all is read; for the whole relay until Kafka has acknowledged all
+    /// and, exactly once, committed it.
     pub(super) seconds: f64,
     pub(super) rows_per_second: f64,
     pub(super) cpu_seconds: Cpu,
@@ -83,17 +76,15 @@ pub(super) fn recvlogical() -> Result<PathBuf> {
 impl Arm {
     /// Runs it on a new copy of the base slot, which is gone afterwards.
     pub(super) async fn run(&self, servers: &Servers, written: &Written, number: usize) -> Result<Run> {
-        let slot = format!("bench_{number}");
         let mut connection = servers.connect().await?;
-        let copy = format!("SELECT pg_copy_logical_replication_slot('{BASE_SLOT}', '{slot}')");
-        execute(&mut connection, copy).await?;
+        let slot = copy_slot(&mut connection, number).await?;
         let mut trial = Trial { servers, written, connection, slot, number };
         let mut run = match self {
             Self::Recvlogical => trial.until_it_ends(trial.recvlogical()?).await,
             Self::Session(binary) => trial.until_it_ends(trial.session(binary)?).await,
-            Self::Relay(binary) => trial.relay(binary).await,
+            Self::Relay(relay) => trial.relay(relay).await,
         }?;
-        trial.drop_slot().await?;
+        drop_slot(&mut trial.connection, &trial.slot).await?;
         #[expect(clippy::cast_precision_loss, reason = "no count of rows comes near 2^52")]
         let rows = written.shape.rows as f64;
         run.rows_per_second = rows / run.seconds;
@@ -112,21 +103,11 @@ struct Trial<'a> {
 
 impl Trial<'_> {
     fn log(&self) -> PathBuf {
-        self.servers.layout.log(&format!("reader-{}", self.number))
-    }
-
-    fn command(&self, program: &Path) -> Result<Command> {
-        let log: File = open_log(&self.log())?;
-        let errors = log.try_clone().explain(|| "write a log".to_owned())?;
-        let mut command = Command::new(program);
-        let (key, value) = self.servers.layout.mark();
-        command.stdin(Stdio::null()).stdout(log).stderr(errors).env(key, value).kill_on_drop(true);
-        command.current_dir(&self.servers.layout.dir);
-        Ok(command)
+        reader_log(self.servers, self.number)
     }
 
     fn recvlogical(&self) -> Result<Command> {
-        let mut command = self.command(&recvlogical()?)?;
+        let mut command = self.servers.command(&recvlogical()?, &self.log())?;
         command.args(["--start", "--no-loop", "--file=/dev/null", "--fsync-interval=0"]);
         command.args(["--option=proto_version=1", "--option=publication_names=cdc_relay"]);
         command.arg(format!("--dbname={}", self.servers.url)).arg(format!("--slot={}", self.slot));
@@ -135,7 +116,7 @@ impl Trial<'_> {
     }
 
     fn session(&self, binary: &Path) -> Result<Command> {
-        let mut command = self.command(binary)?;
+        let mut command = self.servers.command(binary, &self.log())?;
         relay_env(&mut command, self.servers, &self.slot);
         command.args(["probe", "--json", "--until", &self.written.end_lsn]);
         Ok(command)
@@ -166,38 +147,23 @@ impl Trial<'_> {
         }
     }
 
-    /// Runs the whole relay until Kafka has acknowledged every row, and counts what is in the topic.
-    async fn relay(&mut self, binary: &Path) -> Result<Run> {
-        let topic = format!("bench-{}", self.number);
-        let new = Topic { name: topic.clone(), partitions: PARTITIONS, settings: BTreeMap::new() };
-        topics::create(&self.servers.kafka, vec![new], kafka::replication(1)).await?;
-        let listen = ports::free()?.to_string();
-        let command = |word: &str| -> Result<Command> {
-            let mut command = self.command(binary)?;
-            relay_env(&mut command, self.servers, &self.slot);
-            command.arg(word).env("CDC_RELAY_HTTP__LISTEN", &listen).env("CDC_RELAY_ROUTE__TOPIC", &topic);
-            Ok(command)
-        };
-        let status = command("init")?.status().await.explain(|| "start cdc-relay init".to_owned())?;
-        if !status.success() {
-            return Err(self.failed(format!("cdc-relay init: {}", ending::describe(status))));
-        }
+    /// Runs the whole relay until Kafka has every row for good, and counts what is in the topic.
+    async fn relay(&mut self, relay: &Relay) -> Result<Run> {
+        let ready = relay.init(self.servers, &self.slot, self.number).await?;
+        let contents = Contents::of(&self.servers.kafka, &ready.topic)?;
         let broker_before = Usage::of(self.servers.broker).unwrap_or_default();
-        let mut command = command("run")?;
         let since = Instant::now();
-        let mut child = command.spawn().explain(|| "start the relay".to_owned())?;
-        let mut watch = Watch::new(&child);
+        let mut running = ready.run()?;
+        let mut watch = Watch::new(&running.child);
         let mut asked = since;
         loop {
             if asked.elapsed() >= ASK_INTERVAL {
-                if acknowledged(&listen).await >= self.written.shape.rows {
+                if self.has_all(&running, relay.delivery, &contents).await? {
                     break;
                 }
                 asked = Instant::now();
             }
-            if let Some(status) = child.try_wait().explain(|| "wait for the relay".to_owned())? {
-                return Err(self.failed(format!("the relay ended: {}", ending::describe(status))));
-            }
+            running.look()?;
             if since.elapsed() > LIMIT {
                 return Err(self.failed(format!("the relay took longer than {} s", LIMIT.as_secs())));
             }
@@ -207,55 +173,64 @@ impl Trial<'_> {
         let seconds = since.elapsed().as_secs_f64();
         watch.look(&mut self.connection, &self.slot).await?;
         let mut run = watch.run(seconds);
-        run.threads_cpu_seconds = child.id().map(usage::threads).unwrap_or_default();
+        run.threads_cpu_seconds = running.child.id().map(usage::threads).unwrap_or_default();
         let broker = Usage::of(self.servers.broker).unwrap_or_default();
         run.cpu_seconds.broker = broker.cpu_seconds - broker_before.cpu_seconds;
-        self.end(&mut child).await?;
-        self.count(&topic).await?;
+        running.end().await?;
+        self.count(relay.delivery, contents).await?;
         Ok(run)
     }
 
-    async fn end(&self, child: &mut Child) -> Result<()> {
-        if let Some(pid) = child.id() {
-            identity::send(pid, Signal::TERM);
+    /// Whether every row is in Kafka for good: acknowledged and, exactly once, committed.
+    async fn has_all(&self, running: &Running, delivery: Delivery, contents: &Contents) -> Result<bool> {
+        if running.acknowledged().await < self.written.shape.rows {
+            return Ok(false);
         }
-        match tokio::time::timeout(END_LIMIT, child.wait()).await {
-            Ok(Ok(status)) if status.success() => Ok(()),
-            Ok(Ok(status)) => Err(self.failed(format!("the relay's end: {}", ending::describe(status)))),
-            Ok(Err(error)) => Err(self.failed(format!("the relay's end: {error}"))),
-            Err(_) => Err(self.failed(format!("the relay did not end within {} s", END_LIMIT.as_secs()))),
+        let contents = contents.clone();
+        match delivery {
+            Delivery::AtLeastOnce => Ok(true),
+            Delivery::ExactlyOnce => waiting(move || contents.is_committed()).await,
         }
     }
 
     /// Every row must be in the topic, once: nothing failed that would excuse a repetition.
-    async fn count(&self, topic: &str) -> Result<()> {
-        let (kafka, topic) = (self.servers.kafka.clone(), topic.to_owned());
-        let count = tokio::task::spawn_blocking(move || records(&kafka, &topic));
-        let count = count.await.explain(|| "count the records".to_owned())??;
-        let rows = self.written.shape.rows;
+    async fn count(&self, delivery: Delivery, contents: Contents) -> Result<()> {
+        let count = waiting(move || match delivery {
+            // The idempotent producer leaves nothing else in the topic.
+            Delivery::AtLeastOnce => contents.offsets(),
+            Delivery::ExactlyOnce => contents.committed_records(),
+        });
+        let (rows, count) = (self.written.shape.rows, count.await?);
         if count == rows {
             return Ok(());
         }
         Err(self.failed(format!("{rows} rows were written, and the topic has {count} records")))
     }
-
-    /// The walsender may need a moment to notice that its reader has gone.
-    async fn drop_slot(&mut self) -> Result<()> {
-        let until = Instant::now() + END_LIMIT;
-        while walsender(&mut self.connection, &self.slot).await?.is_some() {
-            if Instant::now() > until {
-                return Err(Failure::new(format!("the slot {} stays in use", self.slot)));
-            }
-            tokio::time::sleep(LOOK_INTERVAL).await;
-        }
-        execute(&mut self.connection, format!("SELECT pg_drop_replication_slot('{}')", self.slot)).await
-    }
 }
 
-/// The relay at its defaults, but for where things are.
-pub(super) fn relay_env(command: &mut Command, servers: &Servers, slot: &str) {
-    command.env("CDC_RELAY_POSTGRES__URL", &servers.url).env("CDC_RELAY_POSTGRES__SLOT", slot);
-    command.env("CDC_RELAY_KAFKA__BROKERS", &servers.kafka);
+/// Asks Kafka, off the loop.
+async fn waiting<T: Send + 'static>(ask: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(ask).await.explain(|| "look at the topic".to_owned())?
+}
+
+/// A slot of measurement `number` that begins where the base slot does: no checkpoint knows its name.
+pub(super) async fn copy_slot(connection: &mut PgConnection, number: usize) -> Result<String> {
+    let slot = format!("bench_{number}");
+    let copy = format!("SELECT pg_copy_logical_replication_slot('{BASE_SLOT}', '{slot}')");
+    execute(connection, copy).await?;
+    Ok(slot)
+}
+
+/// The walsender may need a moment to notice that its reader has gone.
+pub(super) async fn drop_slot(connection: &mut PgConnection, slot: &str) -> Result<()> {
+    let until = Instant::now() + END_LIMIT;
+    while walsender(connection, slot).await?.is_some() {
+        if Instant::now() > until {
+            return Err(Failure::new(format!("the slot {slot} stays in use")));
+        }
+        tokio::time::sleep(LOOK_INTERVAL).await;
+    }
+    execute(connection, format!("SELECT pg_drop_replication_slot('{slot}')")).await
 }
 
 /// The last look at a reader and its walsender.
@@ -302,31 +277,4 @@ pub(super) async fn walsender(connection: &mut PgConnection, slot: &str) -> Resu
             .await
             .explain(|| format!("look at the slot {slot}"))?;
     Ok(pid.and_then(|pid| u32::try_from(pid).ok()))
-}
-
-/// How many records Kafka has acknowledged; none before the relay answers.
-async fn acknowledged(listen: &str) -> u64 {
-    let url = format!("http://{listen}/metrics");
-    let asked = tokio::task::spawn_blocking(move || {
-        let agent = ureq::Agent::config_builder().timeout_global(Some(ASK_TIMEOUT)).build().new_agent();
-        let text = agent.get(&url).call().ok()?.body_mut().read_to_string().ok()?;
-        let name = "cdc_relay_records_acknowledged_total ";
-        text.lines().find_map(|line| line.strip_prefix(name))?.trim().parse().ok()
-    });
-    asked.await.ok().flatten().unwrap_or(0)
-}
-
-/// How many records a topic has: the idempotent producer leaves nothing else in it.
-fn records(bootstrap: &str, topic: &str) -> Result<u64> {
-    let consumer: BaseConsumer<topics::Quiet> = topics::client(bootstrap)
-        .create_with_context(topics::Quiet)
-        .explain(|| "make a Kafka client".to_owned())?;
-    let mut count = 0;
-    for partition in 0..PARTITIONS {
-        let (low, high) = consumer
-            .fetch_watermarks(topic, partition, END_LIMIT)
-            .explain(|| format!("ask for the records of {topic}"))?;
-        count += u64::try_from(high - low).unwrap_or(0);
-    }
-    Ok(count)
 }

@@ -10,12 +10,14 @@ use super::{
     arm::{self, Arm, Run},
     host::{self, Host},
     idle,
-    report::{Drained, Measured, Report, Versions},
+    relay::{Relay, arm_name},
+    report::{Drained, Measured, Report, Versions, exactly_once_ratio},
     servers::{SETTINGS, Servers},
+    steady,
     workload::{self, Workload, Written},
 };
 use crate::{
-    cli,
+    cli::{self, Delivery},
     failure::{Explain, Failure, Result},
     layout::Layout,
     progress::Progress,
@@ -49,9 +51,10 @@ pub(crate) async fn drain(args: &cli::Drain) -> Result<()> {
         rounds: args.rounds,
         workloads: Vec::new(),
         idle: Vec::new(),
+        steady: Vec::new(),
         warnings: busy.into_iter().collect(),
     };
-    let arms = Arms::new(&relay, args.against.as_deref());
+    let arms = Arms::new(&relay, args.against.as_deref(), args.delivery.all());
     let maintenance = stack.endpoints().postgres_superuser;
     let result = tokio::select! {
         result = measure(args, &servers, &arms, &maintenance, &mut report) => result,
@@ -88,18 +91,28 @@ struct Arms {
 }
 
 impl Arms {
-    fn new(relay: &Path, against: Option<&Path>) -> Self {
+    fn new(relay: &Path, against: Option<&Path>, deliveries: &[Delivery]) -> Self {
         let own = |path: &Path| path.to_path_buf();
-        let mut arms = vec![
-            ("pg_recvlogical", Arm::Recvlogical),
-            ("session", Arm::Session(own(relay))),
-            ("relay", Arm::Relay(own(relay))),
-        ];
+        let mut arms = vec![("pg_recvlogical", Arm::Recvlogical), ("session", Arm::Session(own(relay)))];
+        let whole = |binary: &Path, is_against| {
+            let arm = |delivery| Arm::Relay(Relay { binary: own(binary), delivery });
+            let named = deliveries.iter().map(|&delivery| (arm_name(delivery, is_against), arm(delivery)));
+            named.collect::<Vec<_>>()
+        };
+        arms.extend(whole(relay, false));
         if let Some(other) = against {
             arms.push(("session (against)", Arm::Session(own(other))));
-            arms.push(("relay (against)", Arm::Relay(own(other))));
+            arms.extend(whole(other, true));
         }
         Self { relay: own(relay), readers: arms }
+    }
+
+    /// Those that reach Kafka.
+    fn relays(&self) -> impl Iterator<Item = (&'static str, &Relay)> {
+        self.readers.iter().filter_map(|(name, arm)| match arm {
+            Arm::Relay(relay) => Some((*name, relay)),
+            _ => None,
+        })
     }
 }
 
@@ -115,11 +128,21 @@ async fn measure(
     let mut number = 0;
     for workload in chosen {
         let shape = workload.shape(args.rows_factor);
-        if workload == Workload::Idle {
+        if matches!(workload, Workload::Idle | Workload::Steady) {
             for round in 1..=args.rounds {
-                let step = servers.progress.step(format!("idle, round {round} of {}", args.rounds));
-                report.idle.push(idle::round(servers, &arms.relay, shape).await?);
-                step.done(&format!("idle, round {round} of {}", args.rounds));
+                let what = format!("{}, round {round} of {}", workload.name(), args.rounds);
+                let step = servers.progress.step(&what);
+                if workload == Workload::Idle {
+                    report.idle.push(idle::round(servers, &arms.relay, shape).await?);
+                } else {
+                    let mut relays = Vec::new();
+                    for relay in arms.relays() {
+                        relays.push(steady::round(servers, relay, shape, number).await?);
+                        number += 1;
+                    }
+                    report.steady.push(relays);
+                }
+                step.done(&what);
             }
             continue;
         }
@@ -127,9 +150,11 @@ async fn measure(
         if number == 0 {
             // A broker that has just started is slow; the first one to use it would pay.
             let step = servers.progress.step("warming up");
-            Arm::Relay(arms.relay.clone()).run(servers, &written, number).await?;
+            for (_, relay) in arms.relays() {
+                Arm::Relay(relay.clone()).run(servers, &written, number).await?;
+                number += 1;
+            }
             step.done("warmed up");
-            number += 1;
         }
         let mut runs: Vec<Vec<Run>> = vec![Vec::new(); arms.readers.len()];
         for round in 1..=args.rounds {
@@ -137,15 +162,19 @@ async fn measure(
         }
         workload::forget(servers).await?;
         let baseline = runs[0].clone();
-        let measured = arms.readers.iter().zip(runs);
+        let measured: Vec<Measured> = arms
+            .readers
+            .iter()
+            .zip(runs)
+            .filter_map(|((name, _), runs)| Measured::of(name, shape.rows, runs, &baseline))
+            .collect();
         report.workloads.push(Drained {
             workload: workload.name(),
             rows: shape.rows,
             rows_per_transaction: shape.rows_per_transaction,
             wal_bytes: written.wal_bytes,
-            arms: measured
-                .filter_map(|((name, _), runs)| Measured::of(name, shape.rows, runs, &baseline))
-                .collect(),
+            exactly_once_ratio: exactly_once_ratio(&measured),
+            arms: measured,
         });
     }
     Ok(())

@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 use tokio::process::Command;
 
 use super::{
-    arm::{relay_env, walsender},
+    arm::walsender,
+    relay::relay_env,
     servers::{Servers, execute},
     workload::{self, BASE_SLOT, Shape},
 };

@@ -4,13 +4,16 @@
 mod api;
 mod arm;
 mod consumer;
+mod contents;
 mod drain;
 mod host;
 mod idle;
 mod load;
 mod numbers;
+mod relay;
 mod report;
 mod servers;
+mod steady;
 mod usage;
 mod workload;
 

@@ -34,6 +34,12 @@ impl Spread {
     }
 }
 
+/// Of sorted numbers; 0 of none.
+pub(super) fn percentile(sorted: &[u32], percent: usize) -> u32 {
+    let index = (sorted.len() * percent / 100).min(sorted.len().saturating_sub(1));
+    sorted.get(index).copied().unwrap_or(0)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -45,5 +51,12 @@ mod tests {
         assert!((odd.relative() - 1.0).abs() < 1e-9);
         assert!((Spread::of([1.0, 2.0, 3.0, 10.0]).unwrap().median - 2.5).abs() < 1e-9);
         assert_eq!(Spread::of([]), None);
+    }
+
+    #[test]
+    fn percentiles_are_of_the_sorted_numbers() {
+        let numbers: Vec<u32> = (1..=200).collect();
+        assert_eq!((percentile(&numbers, 50), percentile(&numbers, 99)), (101, 199));
+        assert_eq!((percentile(&[7], 99), percentile(&[], 99)), (7, 0));
     }
 }

@@ -7,7 +7,10 @@ use super::{
     host::Host,
     idle::Round,
     numbers::{SPREAD_LIMIT, Spread},
+    relay::arm_name,
+    steady,
 };
+use crate::cli::Delivery;
 
 /// All of it.
 #[derive(Debug, Serialize)]
@@ -20,6 +23,8 @@ pub(super) struct Report {
     pub(super) workloads: Vec<Drained>,
     /// The rounds of the idle workload, where it ran.
     pub(super) idle: Vec<Round>,
+    /// The rounds of the steady workload, where it ran: each has all the relays.
+    pub(super) steady: Vec<Vec<steady::Round>>,
     pub(super) warnings: Vec<String>,
 }
 
@@ -39,6 +44,8 @@ pub(super) struct Drained {
     pub(super) rows: u64,
     pub(super) rows_per_transaction: u64,
     pub(super) wal_bytes: i64,
+    /// The relay's rows per second exactly once, to those at least once in the same round; where both ran.
+    pub(super) exactly_once_ratio: Option<Spread>,
     pub(super) arms: Vec<Measured>,
 }
 
@@ -62,6 +69,16 @@ pub(super) struct PerMillion {
     reader: f64,
     walsender: f64,
     broker: f64,
+}
+
+/// What exactly-once delivery does to the rows per second: in each round, what is left of them.
+pub(super) fn exactly_once_ratio(arms: &[Measured]) -> Option<Spread> {
+    let runs = |delivery| {
+        let arm = arms.iter().find(|measured| measured.arm == arm_name(delivery, false))?;
+        Some(&arm.runs)
+    };
+    let (before, after) = (runs(Delivery::AtLeastOnce)?, runs(Delivery::ExactlyOnce)?);
+    Spread::of(before.iter().zip(after).map(|(before, after)| before.seconds / after.seconds))
 }
 
 impl Measured {
@@ -106,6 +123,17 @@ impl Measured {
     }
 }
 
+impl Drained {
+    /// For a person.
+    fn exactly_once(&self) -> Option<String> {
+        let Spread { median, min, max } = self.exactly_once_ratio?;
+        Some(format!(
+            "{}: exactly once, {median:.2} ({min:.2} to {max:.2}) of the rows per second at least once",
+            self.workload
+        ))
+    }
+}
+
 impl Report {
     /// What the numbers cannot say, from the numbers.
     pub(super) fn doubt(&mut self) {
@@ -140,6 +168,7 @@ impl Report {
             ));
             lines.push(String::new());
             lines.push(self.table());
+            lines.extend(self.workloads.iter().filter_map(Drained::exactly_once));
         }
         for (number, Round { paced, eager }) in (1..).zip(&self.idle) {
             lines.push(format!(
@@ -147,6 +176,9 @@ impl Report {
                  pacing",
                 paced.count, paced.p50, paced.p99, eager.p50, eager.p99
             ));
+        }
+        for (number, round) in (1..).zip(&self.steady) {
+            lines.extend(round.iter().map(|relay| relay.line(number)));
         }
         lines.extend(self.warnings.iter().map(|warning| format!("warning: {warning}")));
         lines.join("\n")
@@ -198,6 +230,8 @@ mod tests {
         let baseline = [run(2.0), run(4.0)];
         let measured = Measured::of("relay", 1000, vec![run(1.0), run(1.0)], &baseline).unwrap();
         assert!((measured.ratio.min - 2.0).abs() < 1e-9 && (measured.ratio.max - 4.0).abs() < 1e-9);
+        let twice = Measured::of("relay, exactly-once", 1000, vec![run(2.0), run(4.0)], &baseline).unwrap();
+        let arms = vec![measured, twice];
         let mut report = Report {
             host: Host::look(),
             versions: Versions {
@@ -213,13 +247,16 @@ mod tests {
                 rows: 1000,
                 rows_per_transaction: 1,
                 wal_bytes: 1,
-                arms: vec![measured],
+                exactly_once_ratio: exactly_once_ratio(&arms),
+                arms,
             }],
             idle: Vec::new(),
+            steady: Vec::new(),
             warnings: Vec::new(),
         };
         report.doubt();
         assert_eq!(report.warnings.len(), 1);
+        assert!(report.text().contains("exactly once, 0.38 (0.25 to 0.50)"), "{}", report.text());
         assert!(report.text().contains("RATIO"), "{}", report.text());
     }
 }

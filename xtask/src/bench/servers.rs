@@ -1,8 +1,9 @@
 //! The servers of a bench: Postgres and one broker, alone in a folder that is gone afterwards.
 
-use std::{fs, time::Duration};
+use std::{fs, path::Path, process::Stdio, time::Duration};
 
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
+use tokio::process::Command;
 
 use crate::{
     cli::{self, Place, Ports, Up},
@@ -11,6 +12,7 @@ use crate::{
     layout::Layout,
     maven, postgres, prerequisites,
     progress::Progress,
+    spec::open_log,
     supervise::Stack,
     test,
 };
@@ -95,6 +97,17 @@ impl Servers {
     /// Makes the database of the workloads.
     pub(super) async fn create_database(&self, maintenance: &str) -> Result<()> {
         execute(&mut connect(maintenance).await?, format!("CREATE DATABASE {DATABASE}")).await
+    }
+
+    /// A process of the bench, whose output goes to a log.
+    pub(super) fn command(&self, program: &Path, log: &Path) -> Result<Command> {
+        let log = open_log(log)?;
+        let errors = log.try_clone().explain(|| "write a log".to_owned())?;
+        let mut command = Command::new(program);
+        let (key, value) = self.layout.mark();
+        command.stdin(Stdio::null()).stdout(log).stderr(errors).env(key, value).kill_on_drop(true);
+        command.current_dir(&self.layout.dir);
+        Ok(command)
     }
 
     /// A connection to the database of the workloads.

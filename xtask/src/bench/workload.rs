@@ -24,6 +24,8 @@ pub(crate) enum Workload {
     Big,
     /// Rows that come one at a time: what pacing costs them
     Idle,
+    /// 5,000 rows, 500 a second: how late a consumer of committed records sees each
+    Steady,
 }
 
 /// A workload's size.
@@ -46,7 +48,8 @@ pub(super) struct Written {
 
 impl Workload {
     /// All of them, in the order in which they run.
-    pub(super) const ALL: [Self; 5] = [Self::Single, Self::Thousand, Self::Bytea, Self::Big, Self::Idle];
+    pub(super) const ALL: [Self; 6] =
+        [Self::Single, Self::Thousand, Self::Bytea, Self::Big, Self::Idle, Self::Steady];
 
     /// As on the command line.
     pub(super) fn name(self) -> &'static str {
@@ -56,6 +59,7 @@ impl Workload {
             Self::Bytea => "bytea",
             Self::Big => "big",
             Self::Idle => "idle",
+            Self::Steady => "steady",
         }
     }
 
@@ -67,6 +71,7 @@ impl Workload {
             Self::Bytea => (200_000, 100, true),
             Self::Big => (1_000_000, 1_000_000, false),
             Self::Idle => (1_000, 1, false),
+            Self::Steady => (5_000, 1, false),
         };
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "the factor is bounded")]
         let rows = (f64::from(rows) * factor).ceil().max(1.0) as u64;
