@@ -98,7 +98,7 @@ impl Metrics {
         );
         r.register(
             "passed_over_rows",
-            "Rows that were read again and are published already; with exactly-once delivery only",
+            "Rows that were read again and are published already",
             self.passed_over.clone(),
         );
         r.register("sessions", "Replication sessions started", self.sessions.clone());

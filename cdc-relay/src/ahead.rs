@@ -16,8 +16,9 @@ enum Held {
 }
 
 /// Events that wait, oldest first.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Ahead {
+    limit_bytes: usize,
     events: VecDeque<Held>,
     /// Their messages, one after the other.
     messages: Vec<u8>,
@@ -26,6 +27,11 @@ pub(crate) struct Ahead {
 }
 
 impl Ahead {
+    /// Takes up to `limit_bytes`, and one event more.
+    pub(crate) fn new(limit_bytes: usize) -> Self {
+        Self { limit_bytes, events: VecDeque::new(), messages: Vec::new(), taken: 0 }
+    }
+
     /// A request for a reply is not kept: it cannot wait.
     pub(crate) fn push(&mut self, event: &Event<'_>) {
         match event {
@@ -46,6 +52,8 @@ impl Ahead {
         match self.events.pop_front() {
             None => {
                 self.messages.clear();
+                // One that was very large does not keep its room.
+                self.messages.shrink_to(self.limit_bytes);
                 self.taken = 0;
                 None
             }
@@ -58,9 +66,9 @@ impl Ahead {
         }
     }
 
-    /// How much waits, in bytes; what was taken counts until all is.
-    pub(crate) fn bytes(&self) -> usize {
-        self.messages.len() + self.events.len() * OVERHEAD_BYTES
+    /// Whether more may be pushed. What was taken counts until all is.
+    pub(crate) fn has_room(&self) -> bool {
+        self.messages.len() + self.events.len() * OVERHEAD_BYTES < self.limit_bytes
     }
 }
 
@@ -70,19 +78,20 @@ mod tests {
 
     #[test]
     fn events_come_out_in_their_order() {
-        let mut ahead = Ahead::default();
+        let mut ahead = Ahead::new(7 + 4 * OVERHEAD_BYTES);
         let wal = |start, message| Event::Wal { start: Lsn(start), message };
         let keepalive = |end| Event::Keepalive { wal_end: Lsn(end), reply_requested: false };
         for round in 0..2 {
             for event in [wal(1, b"one"), keepalive(2), keepalive(3), wal(4, b""), wal(5, b"five")] {
+                assert!(ahead.has_room(), "{round}");
                 ahead.push(&event);
             }
-            assert_eq!(ahead.bytes(), 7 + 4 * OVERHEAD_BYTES, "{round}");
+            assert!(!ahead.has_room());
             for event in [wal(1, b"one"), keepalive(3), wal(4, b""), wal(5, b"five")] {
                 assert_eq!(ahead.take(), Some(event));
             }
             assert_eq!(ahead.take(), None);
-            assert_eq!(ahead.bytes(), 0);
+            assert!(ahead.has_room());
         }
     }
 }

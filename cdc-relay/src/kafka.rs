@@ -44,7 +44,7 @@ pub(crate) use self::{
 use self::{
     client::{client_config, compresses, not_taken},
     refusal::{Failed, batch_refused, is_consequence, poison, refused},
-    reports::{CHECKPOINT, Context},
+    reports::{CHECKPOINT, Context, NotAdded},
     topics::{Found, Lookup, Topic},
     transactions::Coordinator,
 };
@@ -451,10 +451,17 @@ impl Producer {
             (reports.failed.clone(), reports.refused)
         };
         let id = self.coordinator.as_ref().map(|(_, own)| own.id.as_str());
-        if let Some(why) =
-            id.and_then(|id| transactions::why(&self.inner, id)).filter(|e| e.kind != Kind::DeliveryFailed)
-        {
-            return why;
+        if let Some((id, error)) = id.and_then(|id| Some((id, transactions::why(&self.inner)?))) {
+            let not_added = self.inner.context().reports().not_added.clone();
+            let is_refused = error.rdkafka_error_code() == Some(RDKafkaErrorCode::TopicAuthorizationFailed);
+            if let Some(NotAdded { topic, first }) = not_added.filter(|_| is_refused) {
+                let code = RDKafkaErrorCode::TopicAuthorizationFailed;
+                return refused(&Failed { code, topic, identity: first });
+            }
+            let why = transactions::failed(&error, id);
+            if why.kind != Kind::DeliveryFailed {
+                return why;
+            }
         }
         let Some(failed) = failed else {
             return Error::new(Kind::DeliveryFailed, "Kafka's transaction is broken, and no record says why");

@@ -31,7 +31,7 @@ pub(crate) struct Checkpoint {
     pub(crate) lsn: Lsn,
     /// How many changes behind `lsn`, of the transaction `last`, are settled as well: 0 with at-least-once delivery.
     pub(crate) seq: u64,
-    /// The last transaction that is settled, as a whole or in part; not told with at-least-once delivery.
+    /// The last transaction that is settled, as a whole or in part, where it is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) last: Option<Last>,
     /// Counts the times that a gap was accepted: a checkpoint of a later generation supersedes those before it, whatever

@@ -71,7 +71,6 @@ struct Session<'a> {
     redrive: Option<Redrive>,
     /// Read while one of Kafka's transactions is committed.
     ahead: Ahead,
-    ahead_limit_bytes: usize,
     /// See [`Memory::apart`].
     apart: Option<Lsn>,
     /// Scratch for acknowledgements.
@@ -105,6 +104,7 @@ pub(crate) fn session(shared: &Shared, wakeups: &Wakeups, memory: &mut Memory) -
         Ok(mut session) => {
             let mut result = session.run();
             let was_well = session.is_well;
+            memory.transaction_age = session.relay.transaction_age(session.now());
             shared.redrives.close();
             if let (Err(e), Some(mut redrive)) = (&result, session.redrive.take()) {
                 redrive.give_up(&format!("the relay's session ended: {e}"));
@@ -112,7 +112,11 @@ pub(crate) fn session(shared: &Shared, wakeups: &Wakeups, memory: &mut Memory) -
             }
             result = match result {
                 Ok(()) => session.finish(),
-                Err(e) if e.kind == Kind::Halted && session.relay.entangled().is_some() => {
+                // Once: what halts again is not of that transaction, or has nothing before it.
+                Err(e)
+                    if e.kind == Kind::Halted
+                        && session.relay.entangled().is_some_and(|t| memory.apart != Some(t)) =>
+                {
                     memory.apart = session.relay.entangled();
                     let what = format!("what was committed before this is published first: {e}");
                     Err(Error::new(Kind::Entangled, what))
@@ -172,8 +176,7 @@ fn begin<'a>(shared: &'a Shared, wakeups: &'a Wakeups, memory: &mut Memory) -> R
         refused: memory.refused.clone(),
         pending: None,
         redrive: None,
-        ahead: Ahead::default(),
-        ahead_limit_bytes: sizes.map_or(0, |sizes| sizes.bytes),
+        ahead: Ahead::new(sizes.map_or(0, |sizes| sizes.bytes)),
         apart: memory.apart,
         acknowledged: Vec::new(),
         ignored_before: 0,
@@ -214,7 +217,7 @@ impl Session<'_> {
             let wanted =
                 !self.lets_postgres_stop()? && (!self.pauses(draining) || self.relay.is_in_transaction());
             let read = wanted && self.pending.is_none() && self.relay.wants_input();
-            let ahead = wanted && self.relay.is_committing() && self.ahead.bytes() < self.ahead_limit_bytes;
+            let ahead = wanted && self.relay.is_committing() && self.ahead.has_room();
             self.relay.set_listening(read || ahead, self.now());
             let mut progressed = if read { self.read()? } else { self.retry_pending()? };
             if ahead {
@@ -244,14 +247,14 @@ impl Session<'_> {
         let Some(ledger) = self.reader.as_ref().and_then(Reader::take) else { return Ok(()) };
         self.reader = None;
         let ledger = ledger?;
-        let mut checkpoint = position::judge(&ledger, self.confirmed_at_start, &self.system)?;
-        if self.relay.is_exactly_once() {
-            checkpoint = position::resume(&ledger, &self.shared.settings)?;
-        }
+        let position = position::judge(&ledger, self.confirmed_at_start, &self.system)?;
+        let mut checkpoint = position::resume(&ledger, position, &self.shared.settings)?;
         if self.relay.is_exactly_once() && faults::has(Fault::ResumeBehind) {
             checkpoint = Lsn(checkpoint.lsn.0 + 1).into();
         }
-        self.writer.generation = ledger.generation();
+        // One that goes back supersedes what is beyond it.
+        let goes_back = ledger.checkpoint.as_ref().is_some_and(|entry| checkpoint.lsn < entry.lsn);
+        self.writer.generation = ledger.generation() + u64::from(goes_back);
         let refused = std::mem::take(&mut self.refused);
         let past = Past { checkpoint, refused, parked: ledger.parked, apart: self.apart };
         self.relay.recall(past);
@@ -277,6 +280,10 @@ impl Session<'_> {
     /// Goes on with the redrive that is under way or asked for. Whether anything came of it.
     fn redrive(&mut self, stopping: bool) -> Result<bool, Error> {
         if self.redrive.is_none() {
+            // A letter of what is passed over could be left behind.
+            if self.relay.passes_over() {
+                return Ok(false);
+            }
             let Some(job) = self.shared.redrives.take() else { return Ok(false) };
             self.redrive = Some(Redrive::start(job, self.shared, &self.relay, self.now())?);
         }
@@ -337,7 +344,8 @@ impl Session<'_> {
         if self.producer.take_reports(&mut self.acknowledged)? {
             self.relay.handle_checkpointed();
         }
-        let mut is_delivered = !self.acknowledged.is_empty();
+        let is_acknowledged = !self.acknowledged.is_empty();
+        let mut is_delivered = is_acknowledged && !self.relay.is_exactly_once();
         match self.producer.take_done()? {
             Some(Done::Fenced) => self.reader = Some(Reader::start(self.shared, self.writer.owner.clone())?),
             Some(Done::Committed) => {
@@ -354,7 +362,7 @@ impl Session<'_> {
         self.shared.metrics.acknowledged.inc_by(self.acknowledged.len() as u64);
         let idle = self.is_admitted && self.pending.is_none() && self.relay.is_at_rest();
         self.is_well |= is_delivered || (idle && now >= WELL_AFTER);
-        if is_delivered || idle {
+        if is_acknowledged || is_delivered || idle {
             self.waiting_since = now;
         }
         let waited = now.saturating_sub(self.waiting_since);
@@ -437,7 +445,7 @@ impl Session<'_> {
             }
             self.relay.hear(asks, now);
             self.ahead.push(&event);
-            if self.ahead.bytes() >= self.ahead_limit_bytes {
+            if !self.ahead.has_room() {
                 break;
             }
         }
@@ -497,7 +505,8 @@ impl Session<'_> {
         // The row itself may be in flight to us and unknown to the producer, so the producer is asked.
         loop {
             // A second failure says no more than the first.
-            let kept = self.settle().and_then(|()| self.keep_position()).and_then(|()| self.feed_back());
+            let kept = self.keep_parking().and_then(|()| self.settle());
+            let kept = kept.and_then(|()| self.keep_position()).and_then(|()| self.feed_back());
             let is_committed = !self.relay.is_exactly_once() || self.relay.is_settled();
             let done =
                 self.producer.is_empty() && (!self.is_admitted || self.relay.is_covered() && is_committed);

@@ -77,34 +77,45 @@ pub(crate) fn judge(
         let others = ledger.others.iter().map(|(system, c)| (system.clone(), c.lsn)).collect();
         return Err(Doubt::NoCheckpoint { others });
     };
-    let (timeline, part) = (*timeline, entry.position().part);
+    let (timeline, position) = (*timeline, entry.position());
+    let part = position.part;
     // What is published in part lies behind it.
     let published = part.map_or(*checkpoint, |part| part.commit_lsn);
     let checkpoint = *checkpoint;
     let ended = system.switches.iter().find(|(ended, _)| *ended == timeline).map(|(_, at)| *at);
     let at = at.clone();
-    if let Some(ended) = ended.filter(|ended| published > *ended) {
+    // The part's LSN is where its commit begins.
+    let is_behind = |end: Lsn| published > end || part.is_some() && published == end;
+    // What was published last is there, and only the position went on: Kafka has nothing that the server does not have.
+    let is_complete = |end: Lsn| part.is_none() && position.last.is_some_and(|last| last.commit_lsn < end);
+    let ahead_of = |end: Lsn| is_behind(end) && !is_complete(end);
+    if let Some(ended) = ended.filter(|ended| ahead_of(*ended)) {
         return Err(Doubt::Diverged { checkpoint: published, at, timeline, ended });
     }
-    if published > system.wal_end {
+    if ahead_of(system.wal_end) {
         return Err(Doubt::LogBehind { checkpoint: published, at, wal_end: system.wal_end });
     }
     if timeline != system.timeline && ended.is_none() {
         return Err(Doubt::OtherTimeline { checkpoint: published, timeline, server: system.timeline });
     }
-    if confirmed > checkpoint {
-        return Err(Doubt::SlotAhead { checkpoint, confirmed });
+    // The positions behind it are used again, for something else.
+    let lsn = checkpoint.min(system.wal_end).min(ended.unwrap_or(Lsn(u64::MAX)));
+    if confirmed > lsn {
+        return Err(Doubt::SlotAhead { checkpoint: lsn, confirmed });
     }
-    Ok(entry.position())
+    Ok(relay_core::Checkpoint { lsn, ..position })
 }
 
-/// What a session with exactly-once delivery goes on from.
+/// What a session goes on from.
 ///
 /// # Errors
 /// Halted: a transaction is published in part, and now its changes would be counted otherwise.
-pub(crate) fn resume(ledger: &Ledger, settings: &Settings) -> Result<relay_core::Checkpoint, Error> {
-    let Some(entry) = &ledger.checkpoint else { return Ok(relay_core::Checkpoint::default()) };
-    let position = entry.position();
+pub(crate) fn resume(
+    ledger: &Ledger,
+    position: relay_core::Checkpoint,
+    settings: &Settings,
+) -> Result<relay_core::Checkpoint, Error> {
+    let Some(entry) = &ledger.checkpoint else { return Ok(position) };
     let is_same =
         entry.publication == settings.publication && entry.messages == settings.source.messages.is_some();
     match position.part {
@@ -230,6 +241,13 @@ mod tests {
         }
         // A standby that had everything was promoted.
         assert_eq!(judge(&ledger(50, 1), Lsn(50), &system(90, &[(1, 50)])), Ok(Lsn(50).into()));
+        // What came last is there, and the position was told while nothing came.
+        let mut idle = ledger(50, 1);
+        let last = serde_json::from_str(r#"{"commitLsn":"0/20","committedAtUs":7}"#).unwrap();
+        idle.checkpoint.as_mut().unwrap().last = Some(last);
+        assert_eq!(judge(&idle, Lsn(30), &system(90, &[(1, 45)])).unwrap().lsn, Lsn(45));
+        assert_eq!(judge(&idle, Lsn(30), &system(40, &[])).unwrap().lsn, Lsn(40));
+        assert!(matches!(judge(&idle, Lsn(30), &system(90, &[(1, 0x20)])), Err(Doubt::Diverged { .. })));
     }
 
     #[test]

@@ -34,7 +34,7 @@ pub(crate) fn run(shared: &Shared, wakeups: &Wakeups) -> Result<(), Failure> {
         let Err(error) = attempt(shared, wakeups, &mut course) else { return Ok(()) };
         shared.metrics.streaming.set(0);
         shared.metrics.error(error.kind);
-        course.memory.learn(&error, &shared.settings.kafka).map_err(Error::into_failure)?;
+        course.memory.learn(&error, &shared.settings).map_err(Error::into_failure)?;
         match error.kind.policy() {
             Policy::Stop(_) => return Err(error.into_failure()),
             Policy::StandBy => {

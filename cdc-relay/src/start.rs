@@ -8,7 +8,7 @@ use std::{
 use relay_core::{Lsn, poison::Poison, record::Identity, relay::Options, source};
 
 use crate::{
-    config::{KafkaConfig, Settings},
+    config::Settings,
     error::{Error, Kind},
     kafka::Batch,
     ledger::Owner,
@@ -39,6 +39,8 @@ pub(crate) struct Memory {
     pub(crate) refused: HashMap<Identity, Poison>,
     /// The transaction, by its commit LSN, that halts and is to be read with what is before it committed.
     pub(crate) apart: Option<Lsn>,
+    /// For how long the last session's transaction had been open when it ended.
+    pub(crate) transaction_age: Option<Duration>,
     /// When our transactions were ended by others, lately.
     fenced: VecDeque<Instant>,
 }
@@ -48,7 +50,9 @@ impl Memory {
     ///
     /// # Errors
     /// [`REFUSED_LIMIT`] is reached.
-    pub(crate) fn learn(&mut self, error: &Error, kafka: &KafkaConfig) -> Result<(), Error> {
+    pub(crate) fn learn(&mut self, error: &Error, settings: &Settings) -> Result<(), Error> {
+        let Settings { kafka, transaction_timeout, .. } = settings;
+        let transaction_timeout = *transaction_timeout;
         match error.kind {
             Kind::BatchTooLarge => self.batch = self.batch.smaller(kafka),
             Kind::BatchRefused => {
@@ -57,7 +61,10 @@ impl Memory {
             }
             // The one is found that the others were refused for.
             Kind::RecordRefused => self.batch = self.size_before.take().unwrap_or(self.batch),
-            Kind::Fenced => self.learn_fenced(error)?,
+            // One that was open for too long was ended for that.
+            Kind::Fenced if self.transaction_age.is_none_or(|age| age < transaction_timeout) => {
+                self.learn_fenced(error)?;
+            }
             _ => {}
         }
         if let Some(refused) = &error.refused {

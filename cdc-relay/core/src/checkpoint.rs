@@ -77,7 +77,13 @@ impl Passage {
             return self.end();
         }
         self.seen = Some(mark);
-        Ok(())
+        // Behind the last one, and behind what is covered as a whole, there was nothing.
+        match self.checkpoint.last {
+            Some(last) if mark != last && mark.commit_lsn >= last.commit_lsn.min(self.checkpoint.lsn) => {
+                Err(self.another(last))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Outside any transaction, everything up to `wal_end` was sent.
@@ -86,19 +92,19 @@ impl Passage {
     }
 
     fn end(&mut self) -> Result<(), Halt> {
-        let seen = self.seen;
-        match self.checkpoint.last {
-            Some(last)
-                if seen.is_some_and(|seen| seen != last)
-                    || (seen.is_none() && last.commit_lsn >= self.confirmed) =>
-            {
-                Err(Halt::AnotherLog { published: last, found: seen, checkpoint: self.checkpoint.lsn })
-            }
-            _ => {
-                self.is_over = true;
-                Ok(())
+        if let Some(last) = self.checkpoint.last {
+            let is_there = self.seen == Some(last);
+            let is_before = self.seen.is_none() && last.commit_lsn < self.confirmed;
+            if !is_there && !is_before {
+                return Err(self.another(last));
             }
         }
+        self.is_over = true;
+        Ok(())
+    }
+
+    fn another(&self, published: Mark) -> Halt {
+        Halt::AnotherLog { published, found: self.seen, checkpoint: self.checkpoint.lsn }
     }
 }
 
@@ -153,16 +159,15 @@ mod tests {
 
     #[test]
     fn a_log_that_has_something_else_in_its_place_is_another() {
-        let found = |confirmed: u64, begun: &[Mark]| {
-            let mut passage = Passage::new(checkpoint(20, None, 15), Lsn(confirmed));
-            for mark in begun {
-                passage.begin(*mark).unwrap();
-            }
-            let Err(Halt::AnotherLog { found, .. }) = passage.idle_until(Lsn(25)) else {
+        let found_after = |checkpoint, confirmed: u64, begun: &[Mark]| {
+            let mut passage = Passage::new(checkpoint, Lsn(confirmed));
+            let begun = begun.iter().try_for_each(|mark| passage.begin(*mark));
+            let Err(Halt::AnotherLog { found, .. }) = begun.and_then(|()| passage.idle_until(Lsn(40))) else {
                 panic!("it is not")
             };
             found
         };
+        let found = |confirmed, begun: &[Mark]| found_after(checkpoint(20, None, 15), confirmed, begun);
         // The last one is missing, has another before it only, another behind it, or committed at another time.
         assert_eq!(found(10, &[]), None);
         assert_eq!(found(10, &[mark(12)]), Some(mark(12)));
@@ -171,5 +176,10 @@ mod tests {
         assert_eq!(found(10, &[late]), Some(late));
         // Something behind the last one, although the stream begins behind it.
         assert_eq!(found(16, &[mark(17)]), Some(mark(17)));
+        // At once, before anything of it is handled: it may end behind the checkpoint, or be before a part.
+        assert!(Passage::new(checkpoint(20, None, 15), Lsn(16)).begin(mark(19)).is_err());
+        let part = checkpoint(20, Some(row(30, 5)), 30);
+        assert!(Passage::new(part, Lsn(16)).begin(mark(25)).is_err());
+        assert_eq!(found_after(part, 16, &[mark(17)]), Some(mark(17)));
     }
 }

@@ -6,7 +6,7 @@
 
 use std::collections::VecDeque;
 
-use crate::Lsn;
+use crate::{Lsn, checkpoint::Mark};
 
 /// Identifies a record in flight; they count up by one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -21,6 +21,8 @@ struct InFlight {
 #[derive(Debug)]
 struct Commit {
     end_lsn: Lsn,
+    /// None: it is not a transaction's.
+    mark: Option<Mark>,
     /// The first ticket that is not part of it: settled when every ticket below is.
     end_ticket: u64,
 }
@@ -33,6 +35,8 @@ pub struct Progress {
     records: VecDeque<InFlight>,
     commits: VecDeque<Commit>,
     confirmed: Lsn,
+    /// The last transaction that is confirmed.
+    last: Option<Mark>,
     in_flight_bytes: usize,
 }
 
@@ -43,7 +47,14 @@ pub struct NotInFlight(pub Ticket);
 impl Progress {
     /// Nothing in flight, and everything up to `confirmed` settled earlier.
     pub fn new(confirmed: Lsn) -> Self {
-        Self { first: 0, records: VecDeque::new(), commits: VecDeque::new(), confirmed, in_flight_bytes: 0 }
+        Self {
+            first: 0,
+            records: VecDeque::new(),
+            commits: VecDeque::new(),
+            confirmed,
+            last: None,
+            in_flight_bytes: 0,
+        }
     }
 
     /// A record of `bytes` is about to be handed to Kafka.
@@ -54,13 +65,16 @@ impl Progress {
         ticket
     }
 
-    /// The transaction whose records were begun since the last call is complete and ends at `end_lsn`.
-    pub fn commit(&mut self, end_lsn: Lsn) {
+    /// What was begun since the last call is complete and ends at `end_lsn`; the transaction that it was, if it was one.
+    pub fn commit(&mut self, end_lsn: Lsn, mark: Option<Mark>) {
         let end_ticket = self.first + self.records.len() as u64;
         match self.commits.back_mut() {
             // A commit that brought no record of ours is settled with the one before it.
-            Some(last) if last.end_ticket == end_ticket => last.end_lsn = last.end_lsn.max(end_lsn),
-            _ => self.commits.push_back(Commit { end_lsn, end_ticket }),
+            Some(last) if last.end_ticket == end_ticket => {
+                last.end_lsn = last.end_lsn.max(end_lsn);
+                last.mark = mark.or(last.mark);
+            }
+            _ => self.commits.push_back(Commit { end_lsn, mark, end_ticket }),
         }
         self.advance();
     }
@@ -90,6 +104,7 @@ impl Progress {
     fn advance(&mut self) {
         while let Some(front) = self.commits.front().filter(|c| c.end_ticket <= self.first) {
             self.confirmed = self.confirmed.max(front.end_lsn);
+            self.last = front.mark.or(self.last);
             self.commits.pop_front();
         }
     }
@@ -97,6 +112,11 @@ impl Progress {
     /// What may be confirmed. Never goes backwards.
     pub fn confirmed(&self) -> Lsn {
         self.confirmed
+    }
+
+    /// The last transaction of what may be confirmed, if there was one.
+    pub fn last(&self) -> Option<Mark> {
+        self.last
     }
 
     /// Whether nothing is in flight.
@@ -120,6 +140,10 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    fn mark(lsn: u64) -> Mark {
+        Mark { commit_lsn: Lsn(lsn - 1), committed_at_us: 7 }
+    }
 
     #[derive(Debug, Clone)]
     enum Step {
@@ -156,10 +180,13 @@ mod tests {
             self.records.iter().take_while(|r| r.1).count()
         }
 
-        fn confirmed(&self) -> u64 {
+        fn last(&self) -> Option<u64> {
             let prefix = self.settled_prefix();
-            let by_commit = self.commits.iter().take_while(|c| c.1 <= prefix).map(|c| c.0).max();
-            by_commit.unwrap_or(0).max(self.idle)
+            self.commits.iter().take_while(|c| c.1 <= prefix).map(|c| c.0).max()
+        }
+
+        fn confirmed(&self) -> u64 {
+            self.last().unwrap_or(0).max(self.idle)
         }
     }
 
@@ -180,7 +207,7 @@ mod tests {
                     }
                     Step::Commit => {
                         lsn += 10;
-                        progress.commit(Lsn(lsn));
+                        progress.commit(Lsn(lsn), Some(mark(lsn)));
                         model.commits.push((lsn, model.records.len()));
                         open = false;
                     }
@@ -205,6 +232,7 @@ mod tests {
                 }
                 prop_assert!(progress.confirmed() >= before);
                 prop_assert_eq!(progress.confirmed(), Lsn(model.confirmed()));
+                prop_assert_eq!(progress.last(), model.last().map(mark));
                 let prefix = model.settled_prefix();
                 prop_assert_eq!(progress.in_flight_bytes(), model.records[prefix..].iter().map(|r| r.0).sum::<usize>());
                 prop_assert_eq!(progress.in_flight_records(), model.records.len() - prefix);
@@ -216,9 +244,9 @@ mod tests {
     fn a_commit_whose_end_equals_the_next_commits_is_confirmed_once_both_are_settled() {
         let mut p = Progress::new(Lsn(1));
         let a = p.begin_record(1);
-        p.commit(Lsn(10));
+        p.commit(Lsn(10), None);
         let b = p.begin_record(1);
-        p.commit(Lsn(20));
+        p.commit(Lsn(20), None);
         p.settle(b).unwrap();
         assert_eq!(p.confirmed(), Lsn(1));
         p.settle(a).unwrap();

@@ -87,7 +87,7 @@ pub struct Relay {
     disposal: Disposal,
     /// None: at-least-once.
     transactions: Option<Transactions>,
-    /// What is passed over because it is published; exactly-once only.
+    /// What is passed over because it is published; None before that is known.
     passage: Option<Passage>,
     apart: Option<Lsn>,
     /// Where the stream begins, and when it did.
@@ -164,7 +164,7 @@ impl Relay {
         self.checkpoint = Some(past.checkpoint);
         (self.last_begun, self.last_ended) = (past.checkpoint.last, past.checkpoint.last);
         self.apart = past.apart;
-        self.passage = self.transactions.as_ref().map(|_| Passage::new(past.checkpoint, self.start));
+        self.passage = Some(Passage::new(past.checkpoint, self.start));
         self.disposal.parking = Parking::new(past.parked);
         self.disposal.refused = past.refused;
     }
@@ -196,7 +196,7 @@ impl Relay {
                 self.received = self.received.max(end_lsn);
                 self.handled = self.handled.max(end_lsn);
                 self.last_ended = self.last_begun;
-                self.progress.commit(end_lsn);
+                self.progress.commit(end_lsn, self.last_begun);
                 Ok(None)
             }
             Step::Row(drafted) | Step::Lone { drafted, .. }
@@ -214,7 +214,7 @@ impl Relay {
                 let outgoing = self.disposal.dispose(drafted, &mut self.progress, None, true)?;
                 add(self.transactions.as_mut(), outgoing.as_ref(), now);
                 self.handled = self.handled.max(end_lsn);
-                self.progress.commit(end_lsn);
+                self.progress.commit(end_lsn, None);
                 Ok(outgoing)
             }
         }
@@ -297,11 +297,15 @@ impl Relay {
         let before = self.checkpoint?;
         if self.transactions.is_none() {
             let lsn = self.progress.confirmed();
-            return Some(if lsn > before.lsn { lsn.into() } else { before });
+            if before.part.is_some_and(|part| lsn <= part.commit_lsn) || lsn <= before.lsn {
+                return Some(before);
+            }
+            return Some(Checkpoint { lsn, part: None, last: self.progress.last().or(before.last) });
         }
         let lsn = self.handled.max(before.lsn);
         Some(match self.source.next_change().filter(|next| next.seq > 0) {
-            // What was begun has records of ours, so it is behind what was published before.
+            // While another's part is passed over.
+            Some(next) if before.covers(next) => before,
             Some(next) => Checkpoint { lsn, part: Some(next), last: self.last_begun },
             // Nothing new, or not yet there: that a part was published must not be forgotten.
             None if lsn == before.lsn || before.part.is_some_and(|part| lsn <= part.commit_lsn) => before,
@@ -362,7 +366,7 @@ impl Relay {
         // A checkpoint may be ahead of what a server remembers that crashed.
         let covered = self.checkpoint.unwrap_or_default().lsn;
         // What is passed over is not ours to confirm before it is known to be what was published.
-        if self.passage.as_ref().is_some_and(|passage| !passage.is_over()) {
+        if self.passes_over() {
             return self.reported;
         }
         self.progress.confirmed().min(covered).max(self.reported)
@@ -394,6 +398,16 @@ impl Relay {
         if let Some(transactions) = &mut self.transactions {
             transactions.set_hold(is_held);
         }
+    }
+
+    /// Whether the records that are held together have been for about as long as Kafka's transaction may be open.
+    pub fn is_held_long(&self, now: Duration) -> bool {
+        self.transactions.as_ref().is_some_and(|t| t.is_old(now))
+    }
+
+    /// For how long Kafka's transaction has been open.
+    pub fn transaction_age(&self, now: Duration) -> Option<Duration> {
+        self.transactions.as_ref().and_then(|t| t.age(now))
     }
 
     /// Whether what becomes of several records becomes of all of them.
@@ -461,7 +475,8 @@ impl Relay {
 
     /// Whether an acknowledged checkpoint covers everything that may be confirmed.
     pub fn is_covered(&self) -> bool {
-        self.checkpoint.is_some_and(|checkpoint| self.progress.confirmed() <= checkpoint.lsn)
+        self.passes_over()
+            || self.checkpoint.is_some_and(|checkpoint| self.progress.confirmed() <= checkpoint.lsn)
     }
 
     /// Whether everything that was enqueued is acknowledged, and committed where it has to be.
@@ -472,6 +487,11 @@ impl Relay {
     /// Whether everything that was read is settled, and covered.
     pub fn is_at_rest(&self) -> bool {
         self.is_settled() && !self.is_in_transaction() && self.is_covered()
+    }
+
+    /// Whether the stream is where earlier sessions have published everything.
+    pub fn passes_over(&self) -> bool {
+        self.passage.as_ref().is_some_and(|passage| !passage.is_over())
     }
 
     /// What is in flight.

@@ -212,7 +212,7 @@ fn nothing_is_reported_that_no_acknowledged_checkpoint_covers() {
 }
 
 #[test]
-fn a_checkpoint_ahead_of_the_slot_is_not_written_again_and_hides_nothing() {
+fn what_a_checkpoint_covers_is_passed_over_and_confirmed_behind_it_only() {
     let mut relay = Relay::new(options(), Lsn(10), Duration::ZERO);
     assert!(!relay.wants_input() && !relay.is_at_rest(), "the past is not known yet");
     assert_eq!(relay.take_checkpoint(Duration::ZERO), None);
@@ -220,9 +220,37 @@ fn a_checkpoint_ahead_of_the_slot_is_not_written_again_and_hides_nothing() {
     relay.handle_keepalive(Lsn(30), true, Duration::ZERO).unwrap();
     assert_eq!(relay.take_checkpoint(Duration::ZERO), None);
     let status = relay.take_status(Duration::ZERO).unwrap();
-    assert_eq!(status.confirmed, Lsn(30));
-    relay.handle_keepalive(Lsn(60), true, Duration::ZERO).unwrap();
-    assert_eq!(relay.take_checkpoint(Duration::ZERO), Some(Lsn(60).into()));
+    assert_eq!(status.confirmed, Lsn(10));
+    let relation = encode::relation(OUTBOX, "public", "outbox", &COLUMNS);
+    feed(&mut relay, &relation);
+    feed(&mut relay, &encode::begin(45, 0));
+    feed(&mut relay, &row("e1", None));
+    feed(&mut relay, &encode::commit(45, 48, 0));
+    assert_eq!((relay.passed_over(), relay.progress().in_flight_records()), (1, 0));
+    assert!(relay.passes_over() && relay.confirmed() == Lsn(10));
+    // The next one commits where the last one that is covered ends.
+    feed(&mut relay, &encode::begin(50, 0));
+    assert!(!relay.passes_over() && relay.confirmed() == Lsn(48));
+    assert!(relay.handle_wal(Lsn::ZERO, &row("e2", None), Duration::ZERO).unwrap().is_some());
+}
+
+/// As after a restored backup that has gone on.
+#[test]
+fn nothing_is_confirmed_of_a_log_that_is_not_the_one_that_was_published() {
+    let mut relay = Relay::new(options(), Lsn(10), Duration::ZERO);
+    let last = Some(Mark { commit_lsn: Lsn(40), committed_at_us: 7 });
+    relay.recall(Past { checkpoint: Checkpoint { lsn: Lsn(50), part: None, last }, ..Past::default() });
+    feed(&mut relay, &encode::begin(35, 7));
+    feed(&mut relay, &encode::commit(35, 38, 7));
+    let another = relay.handle_keepalive(Lsn(60), true, Duration::ZERO).unwrap_err();
+    assert!(matches!(another, Halt::AnotherLog { .. }), "{another}");
+    assert_eq!(relay.final_status(Duration::ZERO).confirmed, Lsn(10));
+    // Nor is what it tells written down, so that the next session finds it, too.
+    assert_eq!(relay.take_checkpoint(Duration::from_secs(1)), None);
+    assert!(
+        relay.handle_wal(Lsn::ZERO, &encode::begin(45, 7), Duration::ZERO).is_err(),
+        "it may end behind the checkpoint"
+    );
 }
 
 #[test]

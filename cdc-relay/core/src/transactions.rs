@@ -101,6 +101,16 @@ impl Transactions {
         Some(since + if in_transaction { self.sizes.split_after } else { self.sizes.time })
     }
 
+    /// For how long it has had records.
+    pub(crate) fn age(&self, now: Duration) -> Option<Duration> {
+        self.since.map(|since| now.saturating_sub(since))
+    }
+
+    /// Whether it has been open for so long that it must not wait for more.
+    pub(crate) fn is_old(&self, now: Duration) -> bool {
+        self.age(now).is_some_and(|age| age >= self.sizes.split_after)
+    }
+
     pub(crate) fn is_filling(&self) -> bool {
         self.stage == Stage::Filling
     }

@@ -196,7 +196,10 @@ impl Redrive {
             self.plan.stop(HURRY);
             self.is_last = true;
         }
-        if self.is_last || self.chunk.len() >= CHUNK_LETTERS || !hands.relay.wants_input() {
+        let is_full = self.chunk.len() >= CHUNK_LETTERS || !hands.relay.wants_input();
+        // Kafka would end a transaction that waits for many letters that are far apart.
+        let is_long = !self.chunk.is_empty() && hands.relay.is_held_long(hands.now);
+        if self.is_last || is_full || is_long {
             self.phase = Phase::Acknowledging;
         } else if self.job.order.options.discard {
             match self.plan.next_step() {

@@ -37,10 +37,20 @@ pub(super) struct Reports {
     pub(super) checkpointed: bool,
     /// The first failure that is a cause; those that follow from it are not kept.
     pub(super) failed: Option<Failed>,
+    /// The topic that could not be made part of the open transaction.
+    pub(super) not_added: Option<NotAdded>,
     /// The open transaction cannot be committed any more.
     pub(super) is_transaction_broken: bool,
     /// How many records were refused by themselves, or for what another of their batch is.
     pub(super) refused: usize,
+}
+
+/// A topic that Kafka keeps out of a transaction.
+#[derive(Debug, Clone)]
+pub(super) struct NotAdded {
+    pub(super) topic: String,
+    /// The first row that was to go there.
+    pub(super) first: Option<Identity>,
 }
 
 pub(super) struct Context {
@@ -72,6 +82,12 @@ impl Context {
 
     fn fail(&self, code: RDKafkaErrorCode, message: Option<&BorrowedMessage<'_>>) {
         let mut reports = self.reports();
+        if let (Some(not_added), Some(message)) = (&mut reports.not_added, message)
+            && not_added.first.is_none()
+            && not_added.topic == message.topic()
+        {
+            not_added.first = identity_of(message);
+        }
         reports.refused += usize::from(!is_consequence(code));
         if reports.failed.as_ref().is_none_or(|f| is_consequence(f.code)) {
             let topic = message.map(|m| m.topic().to_owned()).unwrap_or_default();
@@ -114,6 +130,13 @@ impl ClientContext for Context {
         // whoever asks.
         tracing::debug!(?level, facility, "librdkafka: {message}");
         self.door.log(facility, message);
+        // Which topic it is about is told nowhere else, and comes before its records are given up.
+        if facility == "ADDPARTS"
+            && let Some((_, rest)) = message.split_once("Failed to add partition \"")
+            && let Some((topic, _)) = rest.split_once('"')
+        {
+            self.reports().not_added.get_or_insert(NotAdded { topic: topic.to_owned(), first: None });
+        }
         // That a transaction is broken is told nowhere else, unless a record of it failed by itself.
         if facility == "TXNERR" {
             self.reports().is_transaction_broken = true;

@@ -156,12 +156,12 @@ fn may_be_resumed(error: &KafkaError) -> bool {
 }
 
 /// What broke the open transaction. Asked of a producer that is of no more use, because asking may begin another.
-pub(super) fn why(producer: &BaseProducer<Context>, id: &str) -> Option<Error> {
+pub(super) fn why(producer: &BaseProducer<Context>) -> Option<KafkaError> {
     let error = producer.begin_transaction().err()?;
     // What is in its way is no cause.
     let is_cause =
         !matches!(error.rdkafka_error_code(), Some(Code::State | Code::Conflict | Code::PreviousInProgress));
-    is_cause.then(|| failed(&error, id))
+    is_cause.then_some(error)
 }
 
 /// Whether the code means that the producer's epoch is over.

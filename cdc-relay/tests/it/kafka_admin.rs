@@ -13,6 +13,11 @@ const ITERATIONS: u32 = 4096;
 
 /// `org.apache.kafka.common.resource.ResourceType.TOPIC`
 const TOPIC: u8 = 2;
+/// `org.apache.kafka.common.resource.ResourceType.TRANSACTIONAL_ID`
+const TRANSACTIONAL_ID: u8 = 5;
+/// `org.apache.kafka.common.resource.PatternType`
+const LITERAL: u8 = 3;
+const PREFIXED: u8 = 4;
 
 /// The numbers are those of `org.apache.kafka.common.acl.AclOperation`.
 #[derive(Debug, Clone, Copy)]
@@ -25,10 +30,24 @@ pub(crate) enum Operation {
 
 /// Lets `principal` (`User:…`) do `operation` on a topic.
 pub(crate) fn allow(broker: &str, principal: &str, operation: Operation, topic: &str) {
+    create_acl(broker, principal, operation, (TOPIC, topic, LITERAL));
+}
+
+/// Lets `principal` do `operation` with the transactional ids that begin with `prefix`.
+pub(crate) fn allow_transactions(broker: &str, principal: &str, operation: Operation, prefix: &str) {
+    create_acl(broker, principal, operation, (TRANSACTIONAL_ID, prefix, PREFIXED));
+}
+
+fn create_acl(
+    broker: &str,
+    principal: &str,
+    operation: Operation,
+    (resource, name, pattern): (u8, &str, u8),
+) {
     let mut body = 1i32.to_be_bytes().to_vec();
-    body.push(TOPIC);
-    string(&mut body, topic);
-    body.push(3); // the literal name
+    body.push(resource);
+    string(&mut body, name);
+    body.push(pattern);
     string(&mut body, principal);
     string(&mut body, "*");
     body.extend([operation as u8, 3]); // allow

@@ -6,7 +6,7 @@ use std::net::TcpListener;
 use crate::{
     certificates::{Authority, Certificate},
     database::{Database, eventually},
-    kafka_admin::{Operation, add_user, allow},
+    kafka_admin::{Operation, add_user, allow, allow_transactions},
     relay::{Relay, command, init},
     stack::{Stack, folder},
     topics::{Topic, assert_complete_and_ordered},
@@ -207,6 +207,7 @@ fn kafkas_certificates_passwords_and_permissions_are_held_and_a_refusal_says_wha
         }
         scope.spawn(|| publishes(secure, scram, &sasl));
         scope.spawn(|| permissions(secure));
+        scope.spawn(|| permissions_of_transactions(secure));
         scope.spawn(|| without_permissions(secure));
         scope.spawn(|| a_refusal_that_heals_is_forgotten(secure));
         let certificate = secure.ours.certificate("relay", 2099);
@@ -243,6 +244,36 @@ fn permissions(secure: &Secure) {
         assert_complete_and_ordered(&topic.read(1), 1);
         relay.stop();
     }
+}
+
+/// The same in transactions, where Kafka tells of it before any record is sent; and the transactional id has to be allowed.
+fn permissions_of_transactions(secure: &Secure) {
+    let sasl = secure.sasl("relay", PASSWORD);
+    let topic = secure.topic(&["User:relay"], &[Operation::Describe]);
+    let mut database = secure.database();
+    database.insert(&topic.kind, 0, 1);
+    let mut environment = environment(&secure.scram, &sasl);
+    environment.push(("CDC_RELAY_KAFKA__DELIVERY".to_owned(), "exactly-once".to_owned()));
+    let environment: Vec<_> =
+        environment.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+    let mut relay = Relay::spawn(&database, &environment);
+    assert_eq!(relay.wait().code(), Some(69), "{}", relay.log());
+    assert!(
+        relay.log().contains("kafka-acls.sh --add --producer --transactional-id cdc-relay-"),
+        "{}",
+        relay.log()
+    );
+    for operation in [Operation::Write, Operation::Describe] {
+        allow_transactions(&secure.stack.servers.kafka, "User:relay", operation, "cdc-relay-");
+    }
+    let mut relay = Relay::spawn(&database, &environment);
+    assert_eq!(relay.wait().code(), Some(65), "{}", relay.log());
+    assert!(relay.log().contains("kafka-acls.sh --add --producer --topic"), "{}", relay.log());
+    assert!(relay.log().contains(&topic.name), "{}", relay.log());
+    secure.allow("User:relay", &[Operation::Write], &topic.name);
+    let relay = Relay::spawn(&database, &environment);
+    assert_complete_and_ordered(&topic.read(1), 1);
+    relay.stop();
 }
 
 /// A user who may do nothing, then only read.

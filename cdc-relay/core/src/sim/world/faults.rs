@@ -104,7 +104,7 @@ impl World {
     /// Somebody has a key's dead letters published and frees it: while all that was read is settled, because a dead
     /// letter of an open transaction would be left behind.
     pub(super) fn redrive(&mut self) {
-        if self.kafka.is_away || !self.relay.is_at_rest() {
+        if self.kafka.is_away || !self.relay.is_at_rest() || self.relay.passes_over() {
             return;
         }
         let key = self.rng.usize(..KEYS);
@@ -175,6 +175,12 @@ impl World {
     pub(in crate::sim) fn settle_down(&mut self) {
         for _ in 0..3 {
             self.shut_down_postgres();
+            while self.relay.passes_over() {
+                self.go_on();
+            }
+            while !self.relay.is_at_rest() {
+                self.go_on();
+            }
             (0..KEYS).for_each(|key| self.redrive_key(key));
             while !self.relay.is_at_rest() {
                 self.go_on();
