@@ -43,7 +43,7 @@ pub(crate) use self::{
 };
 use self::{
     client::{client_config, compresses, not_taken},
-    refusal::{Failed, batch_refused, is_consequence, poison, refused},
+    refusal::{Failed, batch_refused, is_broken, is_consequence, poison, refused},
     reports::{CHECKPOINT, Context, NotAdded},
     topics::{Found, Lookup, Topic},
     transactions::Coordinator,
@@ -355,6 +355,9 @@ impl Producer {
             }
             Err((error, _)) => {
                 let code = error.rdkafka_error_code().unwrap_or(RDKafkaErrorCode::Unknown);
+                if is_broken(code) {
+                    return Err(self.why_it_failed());
+                }
                 poison(code, record.topic)
                     .map(Offer::Refused)
                     .ok_or_else(|| refused(&Failed { code, topic: record.topic.into(), identity: None }))
@@ -373,6 +376,9 @@ impl Producer {
         message.payload = entry.value.as_deref();
         self.inner.send(message).map_err(|(error, _)| {
             let code = error.rdkafka_error_code().unwrap_or(RDKafkaErrorCode::Unknown);
+            if is_broken(code) {
+                return self.why_it_failed();
+            }
             refused(&Failed { code, topic: entry.topic.clone(), identity: None })
         })
     }
@@ -463,19 +469,18 @@ impl Producer {
                 return why;
             }
         }
-        let Some(failed) = failed else {
-            return Error::new(Kind::DeliveryFailed, "Kafka's transaction is broken, and no record says why");
-        };
-        match self.inner.client().fatal_error() {
-            // A fatal error of its own, such as a refused producer id, comes without a report of a record.
-            Some((code, reason))
-                if is_consequence(failed.code) && code != RDKafkaErrorCode::GaplessGuarantee =>
-            {
-                refused(&Failed { code, topic: reason, identity: None })
-            }
+        // A fatal error of its own, such as a refused producer id, comes without a report of a record.
+        if let Some((code, reason)) = self.inner.client().fatal_error()
+            && failed.as_ref().is_none_or(|failed| is_consequence(failed.code))
+            && code != RDKafkaErrorCode::GaplessGuarantee
+        {
+            return refused(&Failed { code, topic: reason, identity: None });
+        }
+        match failed {
+            None => Error::new(Kind::DeliveryFailed, "the producer is broken, and no record says why"),
             // Kafka refuses a batch as a whole for its size, and for some that is wrong with one record of it.
-            _ if count > 1 && self.batch != Batch::Single => batch_refused(&failed),
-            _ => refused(&failed),
+            Some(failed) if count > 1 && self.batch != Batch::Single => batch_refused(&failed),
+            Some(failed) => refused(&failed),
         }
     }
 }

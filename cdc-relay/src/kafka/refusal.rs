@@ -20,6 +20,11 @@ pub(super) fn is_consequence(code: Code) -> bool {
     matches!(code, Code::PurgeQueue | Code::PurgeInflight | Code::Fatal | Code::InvalidDifferentRecord)
 }
 
+/// Whether the producer takes nothing any more, for a cause that it tells elsewhere.
+pub(super) fn is_broken(code: Code) -> bool {
+    matches!(code, Code::Fatal | Code::State)
+}
+
 /// Whether the record itself is why, so that another try would end alike.
 pub(super) fn poison(code: Code, topic: &str) -> Option<Poison> {
     let topic = topic.to_owned();
