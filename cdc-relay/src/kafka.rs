@@ -7,7 +7,9 @@
 mod client;
 mod create;
 mod door;
+mod failure;
 mod history;
+mod known;
 mod letter;
 mod refusal;
 mod reports;
@@ -24,7 +26,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     thread::JoinHandle,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use rdkafka::{
@@ -43,9 +45,10 @@ pub(crate) use self::{
 };
 use self::{
     client::{client_config, compresses, not_taken},
-    refusal::{Failed, batch_refused, is_broken, is_consequence, poison, refused},
-    reports::{CHECKPOINT, Context, NotAdded},
-    topics::{Found, Lookup, Topic},
+    known::Known,
+    refusal::{Failed, is_broken, poison, refused},
+    reports::{CHECKPOINT, Context},
+    topics::Lookup,
     transactions::Coordinator,
 };
 use crate::{
@@ -115,16 +118,6 @@ pub(crate) enum Offer {
     Later,
     /// Its topic would not take it.
     Refused(Poison),
-}
-
-/// What is known of a topic.
-#[derive(Debug)]
-enum Known {
-    /// It is there. Which record asked: what it knew then is not old for that one.
-    Topic(Topic, Ticket),
-    /// It was first reported missing then.
-    MissingSince(Instant),
-    Refused(Poison, Instant),
 }
 
 /// An idempotent producer and the thread that polls it. Dropping it forgets what is in flight.
@@ -279,61 +272,6 @@ impl Producer {
         }
     }
 
-    /// Why the topic would not take the record.
-    fn against(&self, record: &Record<'_>, topic: Topic) -> Option<Poison> {
-        if let Some(partition) = record.partition.filter(|p| *p >= topic.partitions) {
-            return Some(Poison::UnknownTopic { topic: record.topic.into(), partition: Some(partition) });
-        }
-        let limit_bytes = topic.limit_bytes.filter(|_| !self.compresses)?;
-        // Far below the limit, as almost always, the exact size does not matter.
-        if record.cost_bytes() + size::HEADER_MOST_BYTES * record.headers.len() < limit_bytes {
-            return None;
-        }
-        let bytes = size::batch_bytes(record);
-        (bytes > limit_bytes).then(|| Poison::TooLarge {
-            topic: record.topic.into(),
-            bytes: Some(bytes),
-            limit_bytes: Some(limit_bytes),
-        })
-    }
-
-    /// What is known of a topic, or what to tell of a record for it instead.
-    fn find(&mut self, name: &str, ticket: Ticket) -> Result<Topic, Offer> {
-        while let Some((answered, found)) = self.lookup.answer() {
-            let asked_for = self.asked.take().map_or(ticket, |(_, ticket)| ticket);
-            self.learn(answered, found, asked_for);
-        }
-        let ask = match self.topics.get(name) {
-            Some(Known::Topic(topic, _)) => return Ok(*topic),
-            Some(Known::Refused(poison, since)) if since.elapsed() < REFUSAL_LASTS => {
-                return Err(Offer::Refused(poison.clone()));
-            }
-            _ => self.asked.is_none(),
-        };
-        if ask {
-            self.lookup.ask(name);
-            self.asked = Some((name.to_owned(), ticket));
-        }
-        Err(Offer::Later)
-    }
-
-    fn learn(&mut self, topic: String, found: Found, asked_for: Ticket) {
-        let now = Instant::now();
-        let known = match found {
-            Found::NoAnswer => return,
-            Found::Topic(it) => Known::Topic(it, asked_for),
-            Found::Unauthorized => Known::Refused(Poison::Unauthorized { topic: topic.clone() }, now),
-            Found::Missing => match self.topics.get(&topic) {
-                Some(Known::MissingSince(since)) if since.elapsed() < MISSING_GRACE => return,
-                Some(Known::MissingSince(_) | Known::Refused(..)) => {
-                    Known::Refused(Poison::UnknownTopic { topic: topic.clone(), partition: None }, now)
-                }
-                _ => Known::MissingSince(now),
-            },
-        };
-        self.topics.insert(topic, known);
-    }
-
     fn enqueue(&mut self, record: &Record<'_>, ticket: Ticket) -> Result<Offer, Error> {
         self.begin()?;
         let mut headers = OwnedHeaders::new_with_capacity(record.headers.len());
@@ -394,11 +332,6 @@ impl Producer {
         Ok(())
     }
 
-    /// Forgets what is known of topics: each is asked about again.
-    pub(crate) fn forget_topics(&mut self) {
-        self.topics.clear();
-    }
-
     /// How many records were enqueued since the last call.
     pub(crate) fn take_enqueued(&mut self) -> u64 {
         std::mem::take(&mut self.enqueued)
@@ -430,58 +363,6 @@ impl Producer {
         }
         self.look_whether_refused()?;
         Ok(checkpointed)
-    }
-
-    /// # Errors
-    /// Refused: no broker has let us in for longer than time would heal.
-    fn look_whether_refused(&self) -> Result<(), Error> {
-        let context = self.inner.context();
-        let Some(refusal) = context.door().refusal(Instant::now()) else { return Ok(()) };
-        // Another connection may have come through, which nobody tells us.
-        let topic = self.topics.keys().next().map(String::as_str);
-        if self.inner.client().fetch_metadata(topic, PROBE_TIMEOUT).is_ok() {
-            context.up();
-            return Ok(());
-        }
-        Err(refusal.into_error(&self.config))
-    }
-
-    /// Stops sending, then finds out why.
-    fn why_it_failed(&self) -> Error {
-        // What is behind the failed record must not be sent before it.
-        self.inner.purge(PurgeConfig::default().queue().inflight());
-        // The cause, or the rest of its batch, may be in reports that are still to come.
-        std::thread::sleep(CAUSE_GRACE);
-        let (failed, count) = {
-            let reports = self.inner.context().reports();
-            (reports.failed.clone(), reports.refused)
-        };
-        let id = self.coordinator.as_ref().map(|(_, own)| own.id.as_str());
-        if let Some((id, error)) = id.and_then(|id| Some((id, transactions::why(&self.inner)?))) {
-            let not_added = self.inner.context().reports().not_added.clone();
-            let is_refused = error.rdkafka_error_code() == Some(RDKafkaErrorCode::TopicAuthorizationFailed);
-            if let Some(NotAdded { topic, first }) = not_added.filter(|_| is_refused) {
-                let code = RDKafkaErrorCode::TopicAuthorizationFailed;
-                return refused(&Failed { code, topic, identity: first });
-            }
-            let why = transactions::failed(&error, id);
-            if why.kind != Kind::DeliveryFailed {
-                return why;
-            }
-        }
-        // A fatal error of its own, such as a refused producer id, comes without a report of a record.
-        if let Some((code, reason)) = self.inner.client().fatal_error()
-            && failed.as_ref().is_none_or(|failed| is_consequence(failed.code))
-            && code != RDKafkaErrorCode::GaplessGuarantee
-        {
-            return refused(&Failed { code, topic: reason, identity: None });
-        }
-        match failed {
-            None => Error::new(Kind::DeliveryFailed, "the producer is broken, and no record says why"),
-            // Kafka refuses a batch as a whole for its size, and for some that is wrong with one record of it.
-            Some(failed) if count > 1 && self.batch != Batch::Single => batch_refused(&failed),
-            Some(failed) => refused(&failed),
-        }
     }
 }
 

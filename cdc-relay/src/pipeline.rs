@@ -4,35 +4,30 @@
 //! new producer and an empty state machine, and lasts until something fails or a stop is asked for. What a failed
 //! session had not confirmed is read again by the next.
 
+mod beginning;
+mod ending;
+
 use std::{
     collections::HashMap,
-    sync::atomic::Ordering,
     time::{Duration, Instant},
 };
 
-use relay_core::{
-    Lsn, Relay,
-    poison::Poison,
-    progress::Ticket,
-    record::Identity,
-    relay::{Delivery, Past},
-};
+use relay_core::{Lsn, Relay, poison::Poison, progress::Ticket, record::Identity};
 
 use crate::{
     ahead::Ahead,
     diversions::Diversions,
     dlq::redrive::{Hands, Progress, Redrive},
     error::{Error, Kind},
-    faults::{self, Fault},
-    kafka::{Done, Offer, Producer, Transactional},
-    ledger::{Owner, Reader, Writer},
-    position::{self, System},
+    kafka::{Done, Offer, Producer},
+    ledger::{Reader, Writer},
+    position::System,
     replication::{
         pace::Pace,
         stream::{Event, ReplicationStream},
     },
     shared::Shared,
-    start::{Memory, STATUS_INTERVAL, relay_options, take_slot},
+    start::{Memory, STATUS_INTERVAL},
     wait::{self, Wakeups},
 };
 
@@ -40,8 +35,6 @@ use crate::{
 const EVENTS_PER_ROUND: usize = 1024;
 /// How soon a record that could not be enqueued is tried again.
 const PENDING_RETRY: Duration = Duration::from_millis(100);
-/// What is in flight may hold up a Postgres that shuts down for so long.
-const SHUTDOWN_GRACE: Duration = Duration::from_secs(5);
 /// A session that has had nothing to do for so long is well.
 const WELL_AFTER: Duration = Duration::from_secs(10);
 /// A round that took longer may have been interrupted by a frozen process or machine.
@@ -99,7 +92,7 @@ pub(crate) struct End {
 
 /// Runs one session to its end.
 pub(crate) fn session(shared: &Shared, wakeups: &Wakeups, memory: &mut Memory) -> End {
-    match begin(shared, wakeups, memory) {
+    match beginning::begin(shared, wakeups, memory) {
         Err(error) => End { result: Err(error), was_well: false },
         Ok(mut session) => {
             let mut result = session.run();
@@ -132,61 +125,6 @@ pub(crate) fn session(shared: &Shared, wakeups: &Wakeups, memory: &mut Memory) -
             End { result, was_well }
         }
     }
-}
-
-fn begin<'a>(shared: &'a Shared, wakeups: &'a Wakeups, memory: &mut Memory) -> Result<Session<'a>, Error> {
-    let settings = &*shared.settings;
-    let (stream, system, position, partitions) = take_slot(settings)?;
-    shared.streams_from(&stream.place);
-    memory.refused.retain(|row, _| row.commit_lsn >= position.confirmed);
-    let owner = Owner { system: system.identifier.clone(), slot: settings.slot.clone() };
-    let sizes = match settings.delivery {
-        Delivery::AtLeastOnce => None,
-        Delivery::ExactlyOnce(sizes) => Some(sizes),
-    };
-    let transactional =
-        sizes.map(|_| Transactional { id: owner.transactional_id(), timeout: settings.transaction_timeout });
-    let (waker, metrics) = (shared.waker.clone(), shared.metrics.clone());
-    let producer = Producer::new(&settings.kafka, memory.batch, waker, metrics, transactional)?;
-    // What a producer before ours has committed is known only once it can commit no more.
-    let reader = if sizes.is_some() {
-        producer.fence();
-        None
-    } else {
-        Some(Reader::start(shared, owner.clone())?)
-    };
-    let options = relay_options(settings, &owner, &position, partitions);
-    shared.postgres_stops.store(false, Ordering::Relaxed);
-    shared.metrics.sessions.inc();
-    shared.metrics.standby.set(0);
-    shared.health.not_ready("starting", "reading the checkpoint from Kafka");
-    Ok(Session {
-        shared,
-        wakeups,
-        started: Instant::now(),
-        stream,
-        writer: Writer::new(owner, system.timeline),
-        system,
-        confirmed_at_start: position.confirmed,
-        producer,
-        relay: Relay::new(options, position.confirmed, Duration::ZERO),
-        reader,
-        is_admitted: false,
-        diversions: Diversions::new(shared.metrics.clone()),
-        refused: memory.refused.clone(),
-        pending: None,
-        redrive: None,
-        ahead: Ahead::new(sizes.map_or(0, |sizes| sizes.bytes)),
-        apart: memory.apart,
-        acknowledged: Vec::new(),
-        ignored_before: 0,
-        passed_over_before: 0,
-        pace: Pace::new(),
-        last_round: Duration::ZERO,
-        postgres_stops_since: None,
-        is_well: false,
-        waiting_since: Duration::ZERO,
-    })
 }
 
 impl Session<'_> {
@@ -242,36 +180,6 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// Starts reading the slot once it is known what earlier sessions wrote down, and it fits.
-    fn admit(&mut self) -> Result<(), Error> {
-        let Some(ledger) = self.reader.as_ref().and_then(Reader::take) else { return Ok(()) };
-        self.reader = None;
-        let ledger = ledger?;
-        let position = position::judge(&ledger, self.confirmed_at_start, &self.system)?;
-        let mut checkpoint = position::resume(&ledger, position, &self.shared.settings)?;
-        if self.relay.is_exactly_once() && faults::has(Fault::ResumeBehind) {
-            checkpoint = Lsn(checkpoint.lsn.0 + 1).into();
-        }
-        // One that goes back supersedes what is beyond it.
-        let goes_back = ledger.checkpoint.as_ref().is_some_and(|entry| checkpoint.lsn < entry.lsn);
-        self.writer.generation = ledger.generation() + u64::from(goes_back);
-        let refused = std::mem::take(&mut self.refused);
-        let past = Past { checkpoint, refused, parked: ledger.parked, apart: self.apart };
-        self.relay.recall(past);
-        self.is_admitted = true;
-        self.shared.metrics.streaming.set(1);
-        self.shared.health.ready("streaming");
-        self.shared.redrives.open(self.writer.owner.key());
-        let (slot, confirmed) = (&self.shared.settings.slot, self.confirmed_at_start);
-        tracing::info!(slot, confirmed_lsn = %confirmed, checkpoint_lsn = %checkpoint.lsn, "streaming");
-        Ok(())
-    }
-
-    /// Whether somebody waits until everything is settled.
-    fn hurries(&self) -> bool {
-        self.shared.stopping() || self.postgres_stops_since.is_some() || self.redrive.is_some()
-    }
-
     /// Whether no new transaction is read.
     fn pauses(&self, draining: Option<Duration>) -> bool {
         draining.is_some() || self.redrive.as_ref().is_some_and(Redrive::pauses_input)
@@ -315,28 +223,6 @@ impl Session<'_> {
             self.producer.commit();
         }
         Ok(())
-    }
-
-    /// Whether Postgres shuts down and waits for what is in flight. Nothing more is read then; once all of it is
-    /// acknowledged, reading goes on, and the server ends the stream by itself.
-    ///
-    /// # Errors
-    /// Kafka takes too long: the session ends, so that Postgres can.
-    fn lets_postgres_stop(&mut self) -> Result<bool, Error> {
-        if !self.shared.postgres_stops.load(Ordering::Relaxed) {
-            self.postgres_stops_since = None;
-            return Ok(false);
-        }
-        let now = self.now();
-        let since = *self.postgres_stops_since.get_or_insert(now);
-        if now >= since + SHUTDOWN_GRACE && !self.relay.is_at_rest() {
-            return Err(Error::new(
-                Kind::PostgresAway,
-                "Postgres shuts down, and Kafka has not acknowledged what is in flight in time",
-            ));
-        }
-        // A transaction that is read in part would hold up what Kafka's has of those before it.
-        Ok(self.pending.is_some() || !self.relay.is_settled() && !self.relay.is_in_transaction())
     }
 
     /// Takes what Kafka has acknowledged.
@@ -468,12 +354,6 @@ impl Session<'_> {
         Ok(done)
     }
 
-    /// Whether nothing is left to do before a stop. While what earlier sessions wrote down is unknown, nothing was
-    /// begun.
-    fn is_drained(&self) -> bool {
-        !self.is_admitted || (self.pending.is_none() && self.redrive.is_none() && self.relay.is_at_rest())
-    }
-
     /// Waits for whatever comes first.
     fn wait(&self, read: bool) {
         let write = self.stream.wants_write();
@@ -489,57 +369,6 @@ impl Session<'_> {
             timeout = timeout.min(PENDING_RETRY);
         }
         self.wakeups.wait_with(self.stream.fd(), read, write, timeout);
-    }
-
-    /// What was enqueued before the row that halts us is still acknowledged and confirmed, so that the next start,
-    /// or whoever skips the row by hand, begins right at its transaction.
-    fn settle_before_halt(&mut self) {
-        self.pending = None;
-        self.relay.set_listening(false, self.now());
-        if self.relay.is_exactly_once() && self.relay.is_in_transaction() {
-            // What is open is of its transaction alone, and is left to be forgotten.
-            return;
-        }
-        self.relay.set_hurry(true);
-        let until = self.now() + self.shared.settings.drain_grace;
-        // The row itself may be in flight to us and unknown to the producer, so the producer is asked.
-        loop {
-            // A second failure says no more than the first.
-            let kept = self.keep_parking().and_then(|()| self.settle());
-            let kept = kept.and_then(|()| self.keep_position()).and_then(|()| self.feed_back());
-            let is_committed = !self.relay.is_exactly_once() || self.relay.is_settled();
-            let done =
-                self.producer.is_empty() && (!self.is_admitted || self.relay.is_covered() && is_committed);
-            if kept.is_err() || done || self.now() >= until {
-                return;
-            }
-            self.wakeups.wait(PENDING_RETRY);
-        }
-    }
-
-    /// The end that was asked for: the last status, and the slot is free.
-    fn finish(mut self) -> Result<(), Error> {
-        let (left, is_drained) = (self.relay.progress().in_flight_records(), self.is_drained());
-        let status = self.relay.final_status(self.now());
-        let told = self.stream.finish(status);
-        self.shared.metrics.streaming.set(0);
-        tracing::info!(confirmed_lsn = %status.confirmed, "stopped");
-        if let Err(e) = told {
-            tracing::warn!(
-                "the server may not know the last confirmed LSN, and would repeat what it covers: {e}"
-            );
-        }
-        if left > 0 {
-            let what =
-                format!("Kafka has not acknowledged {left} records; they are read again at the next start");
-            return Err(Error::new(Kind::GaveUp, what));
-        }
-        if !is_drained {
-            let what = "stopped in the middle of a transaction, or before Kafka had the checkpoint; what is not confirmed is \
-                        read again at the next start";
-            return Err(Error::new(Kind::GaveUp, what));
-        }
-        Ok(())
     }
 
     fn tell(&mut self) {

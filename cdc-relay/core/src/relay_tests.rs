@@ -234,6 +234,26 @@ fn what_a_checkpoint_covers_is_passed_over_and_confirmed_behind_it_only() {
     assert!(relay.handle_wal(Lsn::ZERO, &row("e2", None), Duration::ZERO).unwrap().is_some());
 }
 
+/// The server has not come to the transaction that is published in part.
+#[test]
+fn on_the_way_to_a_part_nothing_new_is_written_down() {
+    let (lsn, part) = (Lsn(20), Identity { commit_lsn: Lsn(30), seq: 1 });
+    let last = Some(Mark { commit_lsn: Lsn(30), committed_at_us: 7 });
+    let sizes = Sizes { bytes: 1 << 20, time: Duration::ZERO, split_after: Duration::from_secs(5) };
+    for delivery in [Delivery::AtLeastOnce, Delivery::ExactlyOnce(sizes)] {
+        let mut relay = Relay::new(Options { delivery, ..options() }, Lsn(10), Duration::ZERO);
+        let before = Checkpoint { lsn, part: Some(part), last };
+        relay.recall(Past { checkpoint: before, ..Past::default() });
+        relay.handle_keepalive(Lsn(25), true, Duration::ZERO).unwrap();
+        assert_eq!(relay.take_checkpoint(Duration::from_hours(1)), None);
+        assert!(relay.is_at_rest() && relay.confirmed() == Lsn(10));
+        feed(&mut relay, &encode::relation(OUTBOX, "public", "outbox", &COLUMNS));
+        feed(&mut relay, &encode::begin(30, 7));
+        assert!(feed(&mut relay, &row("e1", None)).is_none());
+        assert!(feed(&mut relay, &row("e2", None)).is_some(), "only the first one is published");
+    }
+}
+
 /// As after a restored backup that has gone on.
 #[test]
 fn nothing_is_confirmed_of_a_log_that_is_not_the_one_that_was_published() {

@@ -8,19 +8,14 @@ use rdkafka::{
 };
 
 use crate::{
+    checkpoints,
     database::{Database, Servers, eventually},
     relay::{Relay, command, init},
-    topics::{Topic, assert_complete_and_ordered, headers, put, read_keyed},
+    topics::{Topic, assert_complete_and_ordered, headers},
 };
 
-const CHECKPOINTS: &str = "cdc-relay-checkpoints";
 const EXACTLY_ONCE: (&str, &str) = ("CDC_RELAY_KAFKA__DELIVERY", "exactly-once");
 const CALL: Duration = Duration::from_secs(30);
-
-/// `system identifier`, as the relay's keys and ids have it.
-fn system(database: &mut Database) -> String {
-    database.text("SELECT system_identifier::text FROM pg_control_system()")
-}
 
 fn settled(database: &mut Database) {
     let lsn = database.current_lsn();
@@ -138,7 +133,7 @@ fn a_rival_with_our_transactional_id_is_fenced_in_its_turn_but_not_for_ever() {
     let (mut database, topic) = (Database::new(), Topic::new(1, &[]));
     init(&database);
     let mut relay = Relay::start(&database, &[EXACTLY_ONCE]);
-    let id = format!("cdc-relay-{}-{}", system(&mut database), database.slot);
+    let id = format!("cdc-relay-{}-{}", checkpoints::system(&mut database), database.slot);
     database.insert(&topic.kind, 0, 10);
     topic.read(10);
     let mut next = 10;
@@ -199,13 +194,11 @@ fn a_log_that_is_not_the_one_that_was_published_halts() {
     database.insert(&topic.kind, 0, 10);
     settled(&mut database);
     relay.stop();
-    let key = format!("{}/{}", system(&mut database), database.slot);
-    let last = read_keyed(CHECKPOINTS, &key).pop().unwrap();
-    let mut body: serde_json::Value = serde_json::from_slice(last.payload().unwrap()).unwrap();
+    let mut body = checkpoints::last(&mut database);
     assert!(body["last"]["commitLsn"].is_string(), "{body}");
     database.insert(&topic.kind, 10, 10);
     body["lsn"] = database.current_lsn().into();
-    put(CHECKPOINTS, &key, Some(&body.to_string()));
+    checkpoints::write(&mut database, &body);
     let mut relay = Relay::spawn(&database, &[EXACTLY_ONCE]);
     assert_eq!(relay.wait().code(), Some(65), "{}", relay.log());
     assert!(relay.log().contains("not the one that was published"), "{}", relay.log());
@@ -226,9 +219,7 @@ fn a_part_is_gone_on_with_only_as_it_was_counted() {
     let relay = Relay::start(&database, &[EXACTLY_ONCE]);
     settled(&mut database);
     relay.stop();
-    let key = format!("{}/{}", system(&mut database), database.slot);
-    let last = read_keyed(CHECKPOINTS, &key).pop().unwrap();
-    let mut body: serde_json::Value = serde_json::from_slice(last.payload().unwrap()).unwrap();
+    let mut body = checkpoints::last(&mut database);
     // As if three changes of a transaction that comes next were published.
     let kind = &topic.kind;
     database.run(&format!(
@@ -243,7 +234,7 @@ fn a_part_is_gone_on_with_only_as_it_was_counted() {
     let lsn = u64::from_str_radix(&hex, 16).unwrap();
     body["last"] = serde_json::json!({"commitLsn": format!("{:X}/{:X}", lsn >> 32, lsn & 0xFFFF_FFFF), "committedAtUs": at});
     body["seq"] = 3.into();
-    put(CHECKPOINTS, &key, Some(&body.to_string()));
+    checkpoints::write(&mut database, &body);
     let messages = ("CDC_RELAY_MESSAGES__PREFIX", "outbox");
     let mut relay = Relay::spawn(&database, &[EXACTLY_ONCE, messages]);
     assert_eq!(relay.wait().code(), Some(65), "{}", relay.log());

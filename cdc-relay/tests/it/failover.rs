@@ -11,22 +11,15 @@ use serde_json::Value;
 use sqlx::{Connection as _, Executor as _, PgConnection};
 
 use crate::{
+    checkpoints,
     database::{eventually, unique},
     pair::{Pair, READY, major_version},
     relay::Relay,
-    topics::{assert_complete_and_ordered, headers, read_keyed},
+    topics::{assert_complete_and_ordered, headers},
 };
 
 fn text(bytes: &[u8]) -> String {
     String::from_utf8(bytes.to_vec()).unwrap()
-}
-
-/// The relay's checkpoints, as JSON.
-fn checkpoints(pair: &mut Pair) -> Vec<Value> {
-    let system = pair.database.text("SELECT system_identifier::text FROM pg_control_system()");
-    let key = format!("{system}/{}", pair.database.slot);
-    let records = read_keyed("cdc-relay-checkpoints", &key);
-    records.iter().map(|record| serde_json::from_slice(record.payload().unwrap()).unwrap()).collect()
 }
 
 /// Both servers, and the test's own topic only: by the default template those of all tests could be this relay's.
@@ -115,7 +108,8 @@ fn a_promotion_under_load_is_followed_and_kafka_has_what_the_new_primary_has() {
     }
     println!("{} rows, {} records repeated", in_postgres.len(), records.len() - in_kafka.len());
     relay.stop();
-    let timelines: Vec<_> = checkpoints(&mut pair).iter().map(|c| c["timeline"].as_i64().unwrap()).collect();
+    let timelines: Vec<_> =
+        checkpoints::all(&mut pair.database).iter().map(|c| c["timeline"].as_i64().unwrap()).collect();
     assert!(timelines.is_sorted() && timelines.contains(&1) && timelines.last() == Some(&2), "{timelines:?}");
 }
 

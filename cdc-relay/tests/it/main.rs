@@ -5,6 +5,7 @@
 
 mod certificates;
 mod check;
+mod checkpoints;
 mod database;
 mod delivery;
 mod dlq;

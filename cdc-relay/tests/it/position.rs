@@ -1,14 +1,11 @@
 //! The position is known twice: what Kafka remembers of it and what Postgres does must belong together.
 
-use rdkafka::Message as _;
-
 use crate::{
+    checkpoints,
     database::{Database, eventually},
     relay::{Relay, command, init},
-    topics::{Topic, assert_complete_and_ordered, put, read_keyed},
+    topics::{Topic, assert_complete_and_ordered, put},
 };
-
-const CHECKPOINTS: &str = "cdc-relay-checkpoints";
 
 /// Starts a relay that must halt, and returns what it said.
 fn halted(database: &Database) -> String {
@@ -39,19 +36,12 @@ fn confirmed(database: &mut Database) -> String {
     ))
 }
 
-fn own_key(database: &mut Database) -> String {
-    let system = database.text("SELECT system_identifier::text FROM pg_control_system()");
-    format!("{system}/{}", database.slot)
-}
-
 #[test]
 fn a_checkpoint_covers_whatever_postgres_was_told() {
     let (mut database, topic) = (Database::new(), Topic::new(1, &[]));
     init(&database);
     run_once(&mut database, &topic, 0);
-    let key = own_key(&mut database);
-    let last = read_keyed(CHECKPOINTS, &key).pop().unwrap();
-    let body: serde_json::Value = serde_json::from_slice(last.payload().unwrap()).unwrap();
+    let body = checkpoints::last(&mut database);
     assert_eq!(body["lsn"], confirmed(&mut database).as_str(), "{body}");
     assert_eq!((&body["seq"], &body["timeline"]), (&0.into(), &1.into()), "{body}");
 }
@@ -115,7 +105,7 @@ fn a_log_that_ends_before_the_checkpoint_halts() {
     init(&database);
     run_once(&mut database, &topic, 0);
     let body = r#"{"lsn":"FFFFFFFF/0","seq":0,"timeline":1,"instance":"i","publication":"p","at":"t"}"#;
-    put(CHECKPOINTS, &own_key(&mut database), Some(body));
+    put(checkpoints::TOPIC, &checkpoints::key(&mut database), Some(body));
     // By the default template the topics of all tests would be searched for what the server does not have.
     let route = ("CDC_RELAY_ROUTE__TOPIC", topic.name.as_str());
     let mut relay = Relay::spawn(&database, &[route]);
@@ -133,8 +123,8 @@ fn without_a_checkpoint_nothing_is_read_and_another_clusters_is_named() {
     init(&database);
     run_once(&mut database, &topic, 0);
     let body = r#"{"lsn":"0/77","seq":0,"timeline":1,"instance":"i","publication":"p","at":"t"}"#;
-    put(CHECKPOINTS, &format!("12345/{}", database.slot), Some(body));
-    put(CHECKPOINTS, &own_key(&mut database), None);
+    put(checkpoints::TOPIC, &format!("12345/{}", database.slot), Some(body));
+    put(checkpoints::TOPIC, &checkpoints::key(&mut database), None);
     let log = halted(&database);
     assert!(log.contains("has no checkpoint") && log.contains("at 0/77 of another cluster, 12345"), "{log}");
     let (code, told) = accept_gap(&database, &["--yes"]);
@@ -148,7 +138,7 @@ fn a_checkpoint_that_cannot_be_read_halts() {
     init(&database);
     run_once(&mut database, &topic, 0);
     for damaged in ["", "{}", "not json", r#"{"lsn":"x","seq":0}"#] {
-        put(CHECKPOINTS, &own_key(&mut database), Some(damaged));
+        put(checkpoints::TOPIC, &checkpoints::key(&mut database), Some(damaged));
         let log = halted(&database);
         assert!(log.contains("cannot be read"), "{damaged:?}: {log}");
     }

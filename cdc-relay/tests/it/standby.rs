@@ -2,16 +2,16 @@
 
 use std::time::Instant;
 
-use rdkafka::{Message as _, message::OwnedMessage};
+use rdkafka::message::OwnedMessage;
 use rustix::process::Signal;
-use serde_json::Value;
 
 use crate::{
+    checkpoints,
     database::{Database, eventually},
     load::Load,
     network::Network,
     relay::{Relay, init},
-    topics::{Topic, assert_complete_and_ordered, read_keyed},
+    topics::{Topic, assert_complete_and_ordered},
 };
 
 /// A delivery mode, and what it promises of repetitions.
@@ -264,12 +264,8 @@ fn frozen(delivery: &Delivery) {
 
 /// Asserts that no checkpoint of the former relay takes back what its successor has written.
 fn assert_nothing_taken_back(database: &mut Database, former: &str, successor: &str) {
-    let system = database.text("SELECT system_identifier::text FROM pg_control_system()");
-    let entries = read_keyed("cdc-relay-checkpoints", &format!("{system}/{}", database.slot));
-    let entries =
-        entries.iter().map(|entry| -> Value { serde_json::from_slice(entry.payload().unwrap()).unwrap() });
     let (mut highest, mut successors) = (0, 0);
-    for entry in entries {
+    for entry in checkpoints::all(database) {
         let (high, low) = entry["lsn"].as_str().unwrap().split_once('/').unwrap();
         let lsn = (u64::from_str_radix(high, 16).unwrap() << 32) + u64::from_str_radix(low, 16).unwrap();
         if entry["instance"] == successor {

@@ -1,0 +1,112 @@
+//! How a session begins: the slot is taken, a rival fenced, the past read, and only then the stream.
+
+use std::{
+    sync::atomic::Ordering,
+    time::{Duration, Instant},
+};
+
+use relay_core::{
+    Lsn, Relay,
+    relay::{Delivery, Past},
+};
+
+use super::Session;
+use crate::{
+    ahead::Ahead,
+    diversions::Diversions,
+    error::Error,
+    faults::{self, Fault},
+    kafka::{Producer, Transactional},
+    ledger::{Owner, Reader, Writer},
+    position,
+    replication::pace::Pace,
+    shared::Shared,
+    start::{Memory, relay_options, take_slot},
+    wait::Wakeups,
+};
+
+pub(super) fn begin<'a>(
+    shared: &'a Shared,
+    wakeups: &'a Wakeups,
+    memory: &mut Memory,
+) -> Result<Session<'a>, Error> {
+    let settings = &*shared.settings;
+    let (stream, system, position, partitions) = take_slot(settings)?;
+    shared.streams_from(&stream.place);
+    memory.refused.retain(|row, _| row.commit_lsn >= position.confirmed);
+    let owner = Owner { system: system.identifier.clone(), slot: settings.slot.clone() };
+    let sizes = match settings.delivery {
+        Delivery::AtLeastOnce => None,
+        Delivery::ExactlyOnce(sizes) => Some(sizes),
+    };
+    let transactional =
+        sizes.map(|_| Transactional { id: owner.transactional_id(), timeout: settings.transaction_timeout });
+    let (waker, metrics) = (shared.waker.clone(), shared.metrics.clone());
+    let producer = Producer::new(&settings.kafka, memory.batch, waker, metrics, transactional)?;
+    // What a producer before ours has committed is known only once it can commit no more.
+    let reader = if sizes.is_some() {
+        producer.fence();
+        None
+    } else {
+        Some(Reader::start(shared, owner.clone())?)
+    };
+    let options = relay_options(settings, &owner, &position, partitions);
+    shared.postgres_stops.store(false, Ordering::Relaxed);
+    shared.metrics.sessions.inc();
+    shared.metrics.standby.set(0);
+    shared.health.not_ready("starting", "reading the checkpoint from Kafka");
+    Ok(Session {
+        shared,
+        wakeups,
+        started: Instant::now(),
+        stream,
+        writer: Writer::new(owner, system.timeline),
+        system,
+        confirmed_at_start: position.confirmed,
+        producer,
+        relay: Relay::new(options, position.confirmed, Duration::ZERO),
+        reader,
+        is_admitted: false,
+        diversions: Diversions::new(shared.metrics.clone()),
+        refused: memory.refused.clone(),
+        pending: None,
+        redrive: None,
+        ahead: Ahead::new(sizes.map_or(0, |sizes| sizes.bytes)),
+        apart: memory.apart,
+        acknowledged: Vec::new(),
+        ignored_before: 0,
+        passed_over_before: 0,
+        pace: Pace::new(),
+        last_round: Duration::ZERO,
+        postgres_stops_since: None,
+        is_well: false,
+        waiting_since: Duration::ZERO,
+    })
+}
+
+impl Session<'_> {
+    /// Starts reading the slot once it is known what earlier sessions wrote down, and it fits.
+    pub(super) fn admit(&mut self) -> Result<(), Error> {
+        let Some(ledger) = self.reader.as_ref().and_then(Reader::take) else { return Ok(()) };
+        self.reader = None;
+        let ledger = ledger?;
+        let position = position::judge(&ledger, self.confirmed_at_start, &self.system)?;
+        let mut checkpoint = position::resume(&ledger, position, &self.shared.settings)?;
+        if self.relay.is_exactly_once() && faults::has(Fault::ResumeBehind) {
+            checkpoint = Lsn(checkpoint.lsn.0 + 1).into();
+        }
+        // One that goes back supersedes what is beyond it.
+        let goes_back = ledger.checkpoint.as_ref().is_some_and(|entry| checkpoint.lsn < entry.lsn);
+        self.writer.generation = ledger.generation() + u64::from(goes_back);
+        let refused = std::mem::take(&mut self.refused);
+        let past = Past { checkpoint, refused, parked: ledger.parked, apart: self.apart };
+        self.relay.recall(past);
+        self.is_admitted = true;
+        self.shared.metrics.streaming.set(1);
+        self.shared.health.ready("streaming");
+        self.shared.redrives.open(self.writer.owner.key());
+        let (slot, confirmed) = (&self.shared.settings.slot, self.confirmed_at_start);
+        tracing::info!(slot, confirmed_lsn = %confirmed, checkpoint_lsn = %checkpoint.lsn, "streaming");
+        Ok(())
+    }
+}
