@@ -246,7 +246,7 @@ impl Session<'_> {
             self.relay.handle_settled(*ticket)?;
         }
         self.shared.metrics.acknowledged.inc_by(self.acknowledged.len() as u64);
-        let idle = self.is_admitted && self.pending.is_none() && self.relay.is_at_rest();
+        let idle = self.is_admitted && self.pending.is_none() && !self.relay.awaits_kafka();
         self.is_well |= is_delivered || (idle && now >= WELL_AFTER);
         if is_acknowledged || is_delivered || idle {
             self.waiting_since = now;

@@ -205,8 +205,10 @@ fn nothing_is_reported_that_no_acknowledged_checkpoint_covers() {
     relay.handle_keepalive(Lsn(9), false, later).unwrap();
     assert_eq!(relay.take_checkpoint(later), None, "one at a time");
     assert_eq!((relay.confirmed(), relay.is_at_rest()), (Lsn(1), false));
+    assert!(relay.awaits_kafka());
     relay.handle_checkpointed();
     assert_eq!((relay.confirmed(), relay.is_at_rest()), (Lsn(5), false));
+    assert!(!relay.awaits_kafka(), "the rest is not written yet");
     assert_eq!(checkpoint(&mut relay, later), Some(Lsn(9)));
     assert_eq!((relay.confirmed(), relay.is_at_rest()), (Lsn(9), true));
 }

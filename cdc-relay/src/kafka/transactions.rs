@@ -23,6 +23,8 @@ use crate::error::{Error, Kind};
 const CALL: Duration = Duration::from_secs(1);
 /// Before a call is tried again that Kafka could not carry out.
 const PAUSE: Duration = Duration::from_millis(20);
+/// Between two looks at whether what was acknowledged is freed.
+const FREED: Duration = Duration::from_micros(100);
 /// Between two lines of the log about a call that takes long.
 const TELL_INTERVAL: Duration = Duration::from_secs(10);
 
@@ -128,8 +130,10 @@ fn carry_out(
     while !stop.load(Ordering::Relaxed) {
         let done = match order {
             Order::Fence => producer.init_transactions(CALL).map(|()| Done::Fenced),
-            // Everything in it is acknowledged, so this has nothing to flush.
-            Order::Commit => producer.commit_transaction(CALL).map(|()| Done::Committed),
+            Order::Commit => {
+                wait_until_empty(producer, stop);
+                producer.commit_transaction(CALL).map(|()| Done::Committed)
+            }
         };
         match done {
             Ok(done) => return Some(Ok(done)),
@@ -144,6 +148,14 @@ fn carry_out(
         }
     }
     None
+}
+
+/// Everything in the transaction is acknowledged, but the event that told so may not be freed yet, and until then it
+/// counts: the commit's own flush would wait a tenth of a second for what is over in a moment.
+fn wait_until_empty(producer: &BaseProducer<Context>, stop: &AtomicBool) {
+    while producer.in_flight_count() > 0 && !stop.load(Ordering::Relaxed) {
+        std::thread::sleep(FREED);
+    }
 }
 
 fn may_be_resumed(error: &KafkaError) -> bool {

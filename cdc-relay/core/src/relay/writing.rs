@@ -135,4 +135,10 @@ impl Relay {
     pub fn is_settled(&self) -> bool {
         self.progress.is_idle() && self.transactions.as_ref().is_none_or(Transactions::is_empty)
     }
+
+    /// Whether Kafka has something of ours that it has not acknowledged, or not committed. What is not yet due to be
+    /// written down it does not have: on a busy server there is always some of that.
+    pub fn awaits_kafka(&self) -> bool {
+        !self.is_settled() || self.checkpoint_in_flight.is_some()
+    }
 }
