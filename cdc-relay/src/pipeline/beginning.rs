@@ -14,13 +14,14 @@ use super::Session;
 use crate::{
     ahead::Ahead,
     diversions::Diversions,
-    error::Error,
+    error::{Error, Kind},
     faults::{self, Fault},
     kafka::{Producer, Transactional},
     ledger::{Owner, Reader, Writer},
     position,
-    replication::pace::Pace,
+    replication::{connection::Connection, handshake::Purpose, pace::Pace},
     shared::Shared,
+    slot::Slot,
     start::{Memory, relay_options, take_slot},
     wait::Wakeups,
 };
@@ -31,6 +32,8 @@ pub(super) fn begin<'a>(
     memory: &mut Memory,
 ) -> Result<Session<'a>, Error> {
     let settings = &*shared.settings;
+    // Whoever is frozen from here on looks whether the slot is still there.
+    let started = Instant::now();
     let (stream, system, position, partitions) = take_slot(settings)?;
     shared.streams_from(&stream.place);
     memory.refused.retain(|row, _| row.commit_lsn >= position.confirmed);
@@ -55,16 +58,17 @@ pub(super) fn begin<'a>(
     shared.metrics.sessions.inc();
     shared.metrics.standby.set(0);
     shared.health.not_ready("starting", "reading the checkpoint from Kafka");
+    let now = started.elapsed();
     Ok(Session {
         shared,
         wakeups,
-        started: Instant::now(),
+        started,
         stream,
         writer: Writer::new(owner, system.timeline),
         system,
         confirmed_at_start: position.confirmed,
         producer,
-        relay: Relay::new(options, position.confirmed, Duration::ZERO),
+        relay: Relay::new(options, position.confirmed, now),
         reader,
         is_admitted: false,
         diversions: Diversions::new(shared.metrics.clone()),
@@ -80,7 +84,7 @@ pub(super) fn begin<'a>(
         last_round: Duration::ZERO,
         postgres_stops_since: None,
         is_well: false,
-        waiting_since: Duration::ZERO,
+        waiting_since: now,
     })
 }
 
@@ -90,7 +94,14 @@ impl Session<'_> {
         let Some(ledger) = self.reader.as_ref().and_then(Reader::take) else { return Ok(()) };
         self.reader = None;
         let ledger = ledger?;
-        let position = position::judge(&ledger, self.confirmed_at_start, &self.system)?;
+        let position = match position::judge(&ledger, self.confirmed_at_start, &self.system) {
+            // Then another has gone on meanwhile, and it is what we know of the server that is old.
+            Err(_) if !self.holds_slot()? => {
+                let what = "the slot was lost before what earlier sessions wrote down was read";
+                return Err(Error::new(Kind::PostgresAway, what));
+            }
+            judged => judged?,
+        };
         let mut checkpoint = position::resume(&ledger, position, &self.shared.settings)?;
         if self.relay.is_exactly_once() && faults::has(Fault::ResumeBehind) {
             checkpoint = Lsn(checkpoint.lsn.0 + 1).into();
@@ -108,5 +119,15 @@ impl Session<'_> {
         let (slot, confirmed) = (&self.shared.settings.slot, self.confirmed_at_start);
         tracing::info!(slot, confirmed_lsn = %confirmed, checkpoint_lsn = %checkpoint.lsn, "streaming");
         Ok(())
+    }
+
+    /// Asks the server whether our stream has the slot: that it has ended may not have reached us.
+    fn holds_slot(&self) -> Result<bool, Error> {
+        let settings = &*self.shared.settings;
+        let place = self.stream.place.clone();
+        let mut connection =
+            Connection::connect_to(&settings.postgres, place, Purpose::Sql, settings.connect_timeout)?;
+        let slot = Slot::look(&mut connection, &settings.slot)?;
+        Ok(slot.is_some_and(|slot| slot.active_pid.is_some() && slot.active_pid == self.stream.pid))
     }
 }

@@ -39,6 +39,8 @@ pub(crate) struct ReplicationStream {
     wire: Wire,
     /// Where the server is.
     pub(crate) place: Place,
+    /// Its process that holds the slot for us, as `pg_replication_slots.active_pid` has it.
+    pub(crate) pid: Option<String>,
 }
 
 impl ReplicationStream {
@@ -54,6 +56,7 @@ impl ReplicationStream {
         messages: bool,
     ) -> Result<(Self, System), Error> {
         let system = identify(&mut connection)?;
+        let pid = connection.simple_query("SELECT pg_backend_pid()")?.into_iter().flatten().next().flatten();
         let publication = quote_literal(&quote_identifier(publication));
         let messages = if messages { ", messages 'true'" } else { "" };
         let options = format!("proto_version '1', publication_names {publication}{messages}");
@@ -75,7 +78,7 @@ impl ReplicationStream {
             }
         }
         wire.set_nonblocking().map_err(io)?;
-        Ok((Self { wire, place }, system))
+        Ok((Self { wire, place, pid }, system))
     }
 
     /// The next event that was read, or None when more has to be [read](Self::fill).

@@ -1,12 +1,11 @@
 //! TLS, SCRAM and permissions of a real broker. One test, because its servers cost seconds; what it refuses is
 //! tried at the same time, because each refusal has a grace.
 
-use std::net::TcpListener;
-
 use crate::{
     certificates::{Authority, Certificate},
     database::{Database, eventually},
     kafka_admin::{Operation, add_user, allow, allow_transactions},
+    network::free_ports,
     relay::{Relay, command, init},
     stack::{Stack, folder},
     topics::{Topic, assert_complete_and_ordered},
@@ -30,13 +29,6 @@ struct Secure {
     mutual: String,
     /// TLS with a certificate that has expired.
     expired: String,
-}
-
-/// Below those that Linux gives to outgoing connections (32768 and up) and those of whole stacks (20000 and up): what
-/// is free now stays free until the broker takes it.
-fn free_ports<const N: usize>() -> [u16; N] {
-    let mut free = (12_000..20_000).filter(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok());
-    std::array::from_fn(|_| free.next().expect("a free port"))
 }
 
 impl Secure {

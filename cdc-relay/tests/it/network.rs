@@ -1,10 +1,10 @@
-//! A network between a relay and its Postgres that can go away without a word.
+//! A network between a relay and its servers that can go away without a word.
 
 use std::{
     io::{Read as _, Write as _},
     net::{Shutdown, TcpListener, TcpStream},
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
     thread::spawn,
@@ -16,7 +16,7 @@ use crate::database::Database;
 pub(crate) struct Network {
     /// The database's connection string, through this.
     pub(crate) url: String,
-    is_cut: Arc<AtomicBool>,
+    connections: Arc<Mutex<Vec<Arc<AtomicBool>>>>,
 }
 
 impl Network {
@@ -25,27 +25,35 @@ impl Network {
         let port = direct.rsplit(':').next().and_then(|rest| rest.split('/').next()).unwrap().to_owned();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let here = listener.local_addr().unwrap().port();
-        let is_cut = Arc::new(AtomicBool::new(false));
         let url = direct.replace(&format!(":{port}/"), &format!(":{here}/"));
-        let cut = Arc::clone(&is_cut);
-        let server = format!("127.0.0.1:{port}");
-        spawn(move || {
-            for client in listener.incoming().map_while(Result::ok) {
-                let Ok(server) = TcpStream::connect(&server) else { continue };
-                for (from, to) in [(&client, &server), (&server, &client)] {
-                    let (from, to) = (from.try_clone().unwrap(), to.try_clone().unwrap());
-                    let cut = Arc::clone(&cut);
-                    spawn(move || forward(from, to, &cut));
-                }
-            }
-        });
-        Self { url, is_cut }
+        Self { url, connections: pass_on(listener, format!("127.0.0.1:{port}")) }
     }
 
-    /// For good: what was swallowed is gone.
+    /// Of all connections that there are, and for good: what was swallowed is gone.
     pub(crate) fn cut(&self) {
-        self.is_cut.store(true, Ordering::Relaxed);
+        for is_cut in self.connections.lock().unwrap().iter() {
+            is_cut.store(true, Ordering::Relaxed);
+        }
     }
+}
+
+/// Passes connections on to a server; for each, whether it is cut.
+pub(crate) fn pass_on(listener: TcpListener, server: String) -> Arc<Mutex<Vec<Arc<AtomicBool>>>> {
+    let connections = Arc::new(Mutex::new(Vec::new()));
+    let known = Arc::clone(&connections);
+    spawn(move || {
+        for client in listener.incoming().map_while(Result::ok) {
+            let Ok(server) = TcpStream::connect(&server) else { continue };
+            let is_cut = Arc::new(AtomicBool::new(false));
+            known.lock().unwrap().push(Arc::clone(&is_cut));
+            for (from, to) in [(&client, &server), (&server, &client)] {
+                let (from, to) = (from.try_clone().unwrap(), to.try_clone().unwrap());
+                let cut = Arc::clone(&is_cut);
+                spawn(move || forward(from, to, &cut));
+            }
+        }
+    });
+    connections
 }
 
 fn forward(mut from: TcpStream, mut to: TcpStream, is_cut: &AtomicBool) {
@@ -58,4 +66,11 @@ fn forward(mut from: TcpStream, mut to: TcpStream, is_cut: &AtomicBool) {
     if !is_cut.load(Ordering::Relaxed) {
         let _ = to.shutdown(Shutdown::Write);
     }
+}
+
+/// Below those that Linux gives to outgoing connections (32768 and up) and those of whole stacks (20000 and up): what
+/// is free now stays free until the broker takes it.
+pub(crate) fn free_ports<const N: usize>() -> [u16; N] {
+    let mut free = (12_000..20_000).filter(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok());
+    std::array::from_fn(|_| free.next().expect("a free port"))
 }

@@ -1,6 +1,6 @@
 //! Several relays on one slot: one streams, the others stand by and take over.
 
-use std::time::Instant;
+use std::{net::TcpListener, time::Instant};
 
 use rdkafka::message::OwnedMessage;
 use rustix::process::Signal;
@@ -9,7 +9,7 @@ use crate::{
     checkpoints,
     database::{Database, eventually},
     load::Load,
-    network::Network,
+    network::{Network, free_ports, pass_on},
     relay::{Relay, init},
     topics::{Topic, assert_complete_and_ordered},
 };
@@ -221,6 +221,34 @@ fn a_machine_that_vanished_is_followed_once_the_server_gives_it_up() {
         since.elapsed().as_millis()
     );
     assert_complete_and_ordered(&topic.read(200), 200);
+    second.stop();
+}
+
+#[test]
+fn what_another_published_before_the_past_was_read_is_no_other_log() {
+    let (mut database, topic) = (Database::new(), Topic::new(1, &[]));
+    let role = database.name.clone();
+    database.run(&format!("ALTER ROLE {role} SET wal_sender_timeout = '2s'"));
+    init(&database);
+    let network = Network::to(&database);
+    // The first one has the slot, and cannot ask Kafka what the position is.
+    let [port] = free_ports();
+    let broker = format!("127.0.0.1:{port}");
+    let environment = [("CDC_RELAY_POSTGRES__URL", &*network.url), ("CDC_RELAY_KAFKA__BROKERS", &broker)];
+    let mut first = Relay::spawn(&database, &environment);
+    let slot = database.slot.clone();
+    let held = format!("SELECT active::int::int8 FROM pg_replication_slots WHERE slot_name = '{slot}'");
+    eventually("the first one has the slot", || (database.number(&held) == 1).then_some(()));
+    network.cut();
+    let mut second = Relay::spawn(&database, &[]);
+    second.wait_for_state("streaming");
+    database.insert(&topic.kind, 0, 100);
+    let lsn = database.current_lsn();
+    eventually("all is confirmed", || (database.unconfirmed_bytes(&lsn) <= 0).then_some(()));
+    pass_on(TcpListener::bind(&broker).unwrap(), database.servers.kafka.clone());
+    first.wait_for_state("standby");
+    assert_complete_and_ordered(&topic.read(100), 100);
+    first.stop();
     second.stop();
 }
 
