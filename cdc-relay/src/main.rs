@@ -17,6 +17,7 @@ mod pipeline;
 mod position;
 mod publication;
 mod replication;
+mod scribe;
 mod sessions;
 mod setup;
 mod shared;

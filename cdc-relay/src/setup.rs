@@ -3,24 +3,21 @@
 
 use std::time::{Duration, Instant};
 
-use relay_core::Lsn;
+use relay_core::{Lsn, relay::Delivery};
 
 use crate::{
-    admin::Metrics,
     config::Settings,
     error::{Error, Kind},
     foreign::{self, Foreign},
-    kafka::{Batch, Entry, NewTopic, Producer, create_topics},
+    kafka::{NewTopic, create_topics},
     ledger::{Checkpoint, Ledger, Owner, Writer},
     position::{self, Beyond, System},
     publication::{self, Made},
     replication::{connection::Connection, handshake::Purpose, stream::identify},
+    scribe::{KAFKA_TIMEOUT, Scribe, no_answer},
     slot::{self, Failover, Slot},
-    wait,
 };
 
-/// How long Kafka may take to answer.
-const KAFKA_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long listing what exists only in Kafka may take.
 const LIST_TIMEOUT: Duration = Duration::from_secs(600);
 /// How long another `init` may take that came first.
@@ -35,6 +32,8 @@ pub(crate) struct Desk<'a> {
     pub(crate) ledger: Ledger,
     /// The relay's own topics, and whether they were made now.
     pub(crate) topics: Vec<(String, Made)>,
+    /// Who may write as nobody else of this slot can.
+    scribe: Option<Scribe<'a>>,
 }
 
 /// What `init` found and made.
@@ -50,6 +49,28 @@ pub(crate) struct Report {
 impl<'a> Desk<'a> {
     /// Connects to both, makes the relay's own topics where they are missing, and reads what was written down.
     pub(crate) fn open(settings: &'a Settings) -> Result<Self, Error> {
+        let mut desk = Self::connect(settings)?;
+        desk.read()?;
+        Ok(desk)
+    }
+
+    /// The same for [`accept`](Self::accept). With exactly-once delivery nothing can be added any more to what is read, by
+    /// a relay that was frozen in the midst of a transaction and wakes up.
+    ///
+    /// # Errors
+    /// Somebody streams from the slot; as [`Scribe::fence`].
+    pub(crate) fn open_to_accept(settings: &'a Settings) -> Result<Self, Error> {
+        let mut desk = Self::connect(settings)?;
+        // Whoever takes the slot from now on fences us in its turn, and nothing is accepted.
+        desk.slot()?;
+        if settings.delivery != Delivery::AtLeastOnce {
+            desk.scribe = Some(Scribe::fence(settings, &desk.owner())?);
+        }
+        desk.read()?;
+        Ok(desk)
+    }
+
+    fn connect(settings: &'a Settings) -> Result<Self, Error> {
         let mut connection = Connection::connect(&settings.postgres, Purpose::Sql, settings.connect_timeout)?;
         connection.set_answer_timeout(LOCK_TIMEOUT)?;
         let lock = format!("cdc-relay {}", settings.slot);
@@ -58,11 +79,18 @@ impl<'a> Desk<'a> {
             connection.beside(&settings.postgres, Purpose::Replication, settings.connect_timeout)?;
         let system = identify(&mut replication)?;
         let topics = make_topics(settings)?;
-        let since = Instant::now();
+        Ok(Self { settings, connection, system, ledger: Ledger::default(), topics, scribe: None })
+    }
+
+    fn read(&mut self) -> Result<(), Error> {
+        let (settings, since) = (self.settings, Instant::now());
         let patience = || if since.elapsed() < KAFKA_TIMEOUT { Ok(()) } else { Err(no_answer(settings)) };
-        let owner = Owner { system: system.identifier.clone(), slot: settings.slot.clone() };
-        let ledger = Ledger::read(settings, &owner, &patience)?;
-        Ok(Self { settings, connection, system, ledger, topics })
+        self.ledger = Ledger::read(settings, &self.owner(), &patience)?;
+        Ok(())
+    }
+
+    fn owner(&self) -> Owner {
+        Owner { system: self.system.identifier.clone(), slot: self.settings.slot.clone() }
     }
 
     /// Makes publication, slot and first checkpoint, in this order, so that the slot's first change is already published
@@ -85,6 +113,7 @@ impl<'a> Desk<'a> {
         let checkpoint = if self.ledger.checkpoint.is_some() {
             Made::Existed
         } else {
+            // Beside a relay that may run, which is not to be fenced: what it writes covers this, too.
             self.write_checkpoint(confirmed, 0)?;
             Made::Created
         };
@@ -114,7 +143,7 @@ impl<'a> Desk<'a> {
         let since = Instant::now();
         let limit = || Error::new(Kind::GaveUp, format!("not read in {} s", LIST_TIMEOUT.as_secs()));
         let patience = || if since.elapsed() < LIST_TIMEOUT { Ok(()) } else { Err(limit()) };
-        let owner = Owner { system: self.system.identifier.clone(), slot: self.settings.slot.clone() };
+        let owner = self.owner();
         foreign::find(self.settings, &owner, &mut self.connection, beyond, &patience)
     }
 
@@ -150,15 +179,15 @@ impl<'a> Desk<'a> {
     }
 
     /// Writes a checkpoint that does not follow from the last one, and supersedes it.
-    pub(crate) fn accept(&self, lsn: Lsn) -> Result<(), Error> {
+    pub(crate) fn accept(&mut self, lsn: Lsn) -> Result<(), Error> {
         self.write_checkpoint(lsn, self.ledger.generation() + 1)
     }
 
-    fn write_checkpoint(&self, lsn: Lsn, generation: u64) -> Result<(), Error> {
-        let owner = Owner { system: self.system.identifier.clone(), slot: self.settings.slot.clone() };
-        let mut writer = Writer::new(owner, self.system.timeline);
+    fn write_checkpoint(&mut self, lsn: Lsn, generation: u64) -> Result<(), Error> {
+        let mut writer = Writer::new(self.owner(), self.system.timeline);
         writer.generation = generation;
-        put(self.settings, &writer.checkpoint(self.settings, lsn.into()))
+        let scribe = self.scribe.take().map_or_else(|| Scribe::new(self.settings), Ok)?;
+        scribe.write(&writer.checkpoint(self.settings, lsn.into()))
     }
 }
 
@@ -184,28 +213,4 @@ fn make_topics(settings: &Settings) -> Result<Vec<(String, Made)>, Error> {
         (topic.name.to_owned(), if created { Made::Created } else { Made::Existed })
     };
     Ok(topics.iter().zip(made).map(told).collect())
-}
-
-/// Writes one entry and waits until Kafka has it.
-fn put(settings: &Settings, entry: &Entry) -> Result<(), Error> {
-    let internal = |e| Error::new(Kind::Internal, format!("cannot make a pipe: {e}"));
-    let (waker, wakeups) = wait::pair().map_err(internal)?;
-    let mut producer = Producer::new(&settings.kafka, Batch::default(), waker, Metrics::default(), None)?;
-    producer.write(entry, None)?;
-    let (until, mut none) = (Instant::now() + KAFKA_TIMEOUT, Vec::new());
-    while !producer.take_reports(&mut none)? {
-        let left = until.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(no_answer(settings));
-        }
-        wakeups.wait(left);
-    }
-    Ok(())
-}
-
-pub(crate) fn no_answer(settings: &Settings) -> Error {
-    let what =
-        format!("Kafka at {} has not answered in {} s", settings.kafka.brokers, KAFKA_TIMEOUT.as_secs());
-    Error::new(Kind::DeliveryFailed, what)
-        .hint("check kafka.brokers and kafka.properties, and whether Kafka runs")
 }

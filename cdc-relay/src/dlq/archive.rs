@@ -16,7 +16,7 @@ use crate::{
     error::{Error, Kind},
     kafka::History,
     ledger,
-    setup::no_answer,
+    scribe::no_answer,
 };
 
 /// How long Kafka may have nothing to say.

@@ -14,16 +14,16 @@ use crate::{
     topics::{Topic, assert_complete_and_ordered, headers},
 };
 
-const EXACTLY_ONCE: (&str, &str) = ("CDC_RELAY_KAFKA__DELIVERY", "exactly-once");
-const CALL: Duration = Duration::from_secs(30);
+pub(crate) const EXACTLY_ONCE: (&str, &str) = ("CDC_RELAY_KAFKA__DELIVERY", "exactly-once");
+pub(crate) const CALL: Duration = Duration::from_secs(30);
 
-fn settled(database: &mut Database) {
+pub(crate) fn settled(database: &mut Database) {
     let lsn = database.current_lsn();
     eventually("everything is confirmed", || (database.unconfirmed_bytes(&lsn) <= 0).then_some(()));
 }
 
 /// Another program that writes with transactions.
-fn transactional(id: &str) -> BaseProducer {
+pub(crate) fn transactional(id: &str) -> BaseProducer {
     let producer: BaseProducer = ClientConfig::new()
         .set("bootstrap.servers", Servers::shared().kafka)
         .set("transactional.id", id)

@@ -22,6 +22,7 @@ mod kafka_secure;
 mod load;
 mod log;
 mod network;
+mod open_transactions;
 mod pair;
 mod poison;
 mod position;

@@ -1,0 +1,67 @@
+//! Exactly-once delivery: what becomes of a transaction that is open in Kafka when a relay ends, or is given up.
+
+use rdkafka::{
+    error::KafkaError,
+    producer::{BaseProducer, BaseRecord, Producer as _},
+};
+
+use crate::{
+    checkpoints,
+    database::Database,
+    exactly_once::{CALL, EXACTLY_ONCE, settled, transactional},
+    relay::{Relay, command, init},
+    topics::{Topic, assert_complete_and_ordered},
+};
+
+fn accept_gap(database: &Database, arguments: &[&str]) {
+    let output = command(database).arg("accept-gap").args(arguments).envs([EXACTLY_ONCE]).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// What a relay hands over in one of its transactions, and whether Kafka took it.
+fn hand_over(zombie: &BaseProducer, record: BaseRecord<'_, str, str>) -> Result<(), KafkaError> {
+    zombie.send(record).map_err(|(e, _)| e)?;
+    zombie.flush(CALL)
+}
+
+/// A relay that was frozen in the midst of a transaction, before it wrote its checkpoint or behind it.
+#[test]
+fn a_relay_that_wakes_up_after_a_gap_was_accepted_commits_nothing() {
+    let (mut database, topic) = (Database::new(), Topic::new(1, &[]));
+    init(&database);
+    let id = format!("cdc-relay-{}-{}", checkpoints::system(&mut database), database.slot);
+    let key = checkpoints::key(&mut database);
+    for (round, is_closed) in [(0, false), (1, true)] {
+        let first = round * 10;
+        let relay = Relay::start(&database, &[EXACTLY_ONCE]);
+        database.insert(&topic.kind, first, 10);
+        settled(&mut database);
+        relay.stop();
+        let zombie = transactional(&id);
+        zombie.begin_transaction().unwrap();
+        let row = format!("{{\"n\": {}}}", first + 10);
+        hand_over(&zombie, BaseRecord::to(&topic.name).key("a0").payload(row.as_str())).unwrap();
+        let mut body = checkpoints::last(&mut database);
+        database.insert(&topic.kind, first + 10, 1);
+        body["lsn"] = database.current_lsn().into();
+        let checkpoint = body.to_string();
+        let close = || {
+            hand_over(
+                &zombie,
+                BaseRecord::to(checkpoints::TOPIC).key(key.as_str()).payload(checkpoint.as_str()),
+            )
+        };
+        if is_closed {
+            close().unwrap();
+        }
+        accept_gap(&database, &["--through", "now", "--yes"]);
+        let committed =
+            if is_closed { Ok(()) } else { close() }.and_then(|()| zombie.commit_transaction(CALL));
+        assert!(committed.is_err(), "what was given up is published after all");
+    }
+    let relay = Relay::start(&database, &[EXACTLY_ONCE]);
+    database.insert(&topic.kind, 20, 10);
+    let messages = topic.read(30);
+    assert_eq!((assert_complete_and_ordered(&messages, 30), messages.len()), (0, 30));
+    relay.stop();
+}
