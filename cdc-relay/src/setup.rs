@@ -133,9 +133,9 @@ impl<'a> Desk<'a> {
         Ok(slot)
     }
 
-    /// What is in doubt about a slot that is there.
-    pub(crate) fn doubt(&self, confirmed: Lsn) -> Option<position::Doubt> {
-        position::judge(&self.ledger, confirmed, &self.system).err()
+    /// Up to where everything is published, for a slot that is confirmed up to there, or what is in doubt about it.
+    pub(crate) fn position(&self, confirmed: Lsn) -> Result<relay_core::Checkpoint, position::Doubt> {
+        position::judge(&self.ledger, confirmed, &self.system)
     }
 
     /// The events that exist only in Kafka, from `beyond` on.

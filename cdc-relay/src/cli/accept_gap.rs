@@ -85,7 +85,9 @@ struct Found {
     doubt: Option<Doubt>,
     /// Events that exist only in Kafka.
     foreign: Option<Foreign>,
-    /// None when nothing is in doubt.
+    /// What was to be given up is not missing.
+    is_covered: bool,
+    /// None when there is nothing to do.
     plan: Option<Plan>,
 }
 
@@ -128,10 +130,14 @@ fn look(desk: &mut Desk<'_>, command: &AcceptGap) -> Result<Found, Error> {
     let slot = desk.slot()?;
     // Whatever becomes of the slot: one that a promotion did not keep says nothing of what the checkpoint covers.
     let confirmed = slot.as_ref().filter(|slot| !slot.is_lost).and_then(|slot| slot.confirmed);
-    let doubt = desk
-        .doubt(confirmed.unwrap_or(Lsn::ZERO))
-        .filter(|doubt| confirmed.is_some() || doubt.beyond().is_some());
+    let (published, doubt) = match desk.position(confirmed.unwrap_or(Lsn::ZERO)) {
+        // One that is published in part is not behind it.
+        Ok(position) => (position.part.map_or(position.lsn, |part| part.commit_lsn), None),
+        Err(doubt) => (Lsn::ZERO, Some(doubt)),
+    };
+    let doubt = doubt.filter(|doubt| confirmed.is_some() || doubt.beyond().is_some());
     let foreign = doubt.as_ref().and_then(Doubt::beyond).map(|beyond| desk.foreign(beyond)).transpose()?;
+    let mut is_covered = false;
     let plan = match (&slot, confirmed) {
         (None, _) => Some(Plan::MakeSlot { drop_first: false }),
         (Some(_), None) => Some(Plan::MakeSlot { drop_first: true }),
@@ -143,13 +149,16 @@ fn look(desk: &mut Desk<'_>, command: &AcceptGap) -> Result<Found, Error> {
                 Some(Through::Commit(lsn)) => Some(Lsn(lsn.0.saturating_add(1))),
                 Some(Through::Now) => Some(desk.wal_end()?),
             };
+            is_covered = to.is_some_and(|to| to <= published);
             match to.filter(|to| *to > confirmed) {
+                // To go back behind the checkpoint would repeat what it covers.
+                Some(_) if is_covered => None,
                 Some(to) => Some(Plan::Advance(to)),
                 None => doubt.as_ref().map(|_| Plan::TakeAsItIs(confirmed)),
             }
         }
     };
-    Ok(Found { checkpoint, slot, doubt, foreign, plan })
+    Ok(Found { checkpoint, slot, doubt, foreign, is_covered, plan })
 }
 
 impl Found {
@@ -183,6 +192,9 @@ impl Found {
         }
         match &self.plan {
             Some(plan) => println!("{:<12} {plan}", if yes { "doing" } else { "would" }),
+            None if self.is_covered => {
+                println!("nothing to accept: all of that is published already, or was given up before");
+            }
             None => println!("nothing to accept: slot and checkpoint belong together"),
         }
     }
@@ -197,6 +209,7 @@ impl Found {
             "slot": slot,
             "inDoubt": self.doubt.as_ref().map(ToString::to_string),
             "onlyInKafka": self.foreign,
+            "isCovered": self.is_covered,
             "plan": self.plan.map(|plan| plan.to_string()),
         })
     }

@@ -4,7 +4,7 @@ use crate::{
     checkpoints,
     database::{Database, eventually},
     relay::{Relay, command, init},
-    topics::{Topic, assert_complete_and_ordered, put},
+    topics::{Topic, assert_complete_and_ordered, headers, put},
 };
 
 /// Starts a relay that must halt, and returns what it said.
@@ -166,6 +166,31 @@ fn what_a_dropped_publication_left_out_can_be_given_up() {
     let (code, told) = accept_gap(&database, &["--through", "now", "--yes"]);
     assert_eq!(code, Some(0), "{told}");
     run_once(&mut database, &topic, 10);
+}
+
+/// After a crash a slot may have forgotten what its checkpoint covers.
+#[test]
+fn what_is_published_already_cannot_be_given_up() {
+    let (mut database, topic) = (Database::new(), Topic::new(1, &[]));
+    init(&database);
+    let slot = database.slot.clone();
+    let copy = |from: &str, to: &str| format!("SELECT pg_copy_logical_replication_slot('{from}', '{to}')");
+    let drop = |slot: &str| format!("SELECT pg_drop_replication_slot('{slot}')");
+    let before = format!("{slot}_before");
+    database.run(&copy(&slot, &before));
+    run_once(&mut database, &topic, 0);
+    for sql in [drop(&slot), copy(&before, &slot), drop(&before)] {
+        database.run(&sql);
+    }
+    let written = checkpoints::all(&mut database).len();
+    let fifth = headers(&topic.read(10)[4])[3].1.clone().unwrap();
+    for yes in [&[][..], &["--yes"]] {
+        let (code, told) = accept_gap(&database, &[&["--through", &fifth], yes].concat());
+        assert!(code == Some(0) && told.contains("is published already"), "{told}");
+    }
+    assert_eq!(checkpoints::all(&mut database).len(), written, "nothing was written");
+    run_once(&mut database, &topic, 10);
+    assert_eq!(assert_complete_and_ordered(&topic.read(20), 20), 0);
 }
 
 #[test]
