@@ -69,6 +69,12 @@ impl Kind {
         }
     }
 
+    /// Whether the next session follows soon, in the same process.
+    pub(crate) fn is_retried_soon(self) -> bool {
+        // Without Postgres there is none, and another relay may be the next.
+        self.policy() == Policy::Retry && self != Self::PostgresAway
+    }
+
     /// The value of the `kind` label of `cdc_relay_errors_total`.
     pub(crate) fn label(self) -> &'static str {
         match self {

@@ -212,6 +212,16 @@ impl Producer {
         }
     }
 
+    /// Ends a transaction that would be left open, so that whoever reads committed records need not wait until another
+    /// relay, or Kafka, ends it. Takes two seconds at most; Kafka may be away, or have given our id to another.
+    pub(crate) fn abort(mut self) {
+        if self.in_transaction
+            && let Some((coordinator, _)) = &mut self.coordinator
+        {
+            coordinator.abort();
+        }
+    }
+
     /// What the transactions' coordinator has carried out since the last call.
     ///
     /// # Errors

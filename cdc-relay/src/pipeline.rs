@@ -120,7 +120,12 @@ pub(crate) fn session(shared: &Shared, wakeups: &Wakeups, memory: &mut Memory) -
                     let _ = session.finish();
                     Err(e)
                 }
-                Err(e) => Err(e),
+                Err(e) => {
+                    if shared.stopping() || !e.kind.is_retried_soon() {
+                        session.leave();
+                    }
+                    Err(e)
+                }
             };
             End { result, was_well }
         }
@@ -239,7 +244,7 @@ impl Session<'_> {
                 self.shared.metrics.transactions.inc();
                 is_delivered = true;
             }
-            None => {}
+            Some(Done::Aborted) | None => {}
         }
         let now = self.now();
         for ticket in &self.acknowledged {

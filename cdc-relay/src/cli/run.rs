@@ -10,7 +10,7 @@ use service::{Failure, Health, access, exit::Kind, fleet::Fleet, health, http, m
 use crate::{admin::Metrics, config::Settings, dlq, monitor, sessions, shared::Shared, wait};
 
 /// How long a stop waits for what has nothing to save.
-const LEAVE_GRACE: Duration = Duration::from_secs(3);
+const LEAVE_GRACE: Duration = Duration::from_secs(5);
 
 /// Streams until a stop is asked for or an error ends the process.
 pub(super) fn run(settings: Settings) -> Result<(), Failure> {

@@ -25,6 +25,8 @@ const CALL: Duration = Duration::from_secs(1);
 const PAUSE: Duration = Duration::from_millis(20);
 /// Between two looks at whether what was acknowledged is freed.
 const FREED: Duration = Duration::from_micros(100);
+/// How long the end of what is left open may hold up whoever leaves it.
+const ABORT_LIMIT: Duration = Duration::from_secs(1);
 /// Between two lines of the log about a call that takes long.
 const TELL_INTERVAL: Duration = Duration::from_secs(10);
 
@@ -41,6 +43,7 @@ pub(crate) struct Transactional {
 enum Order {
     Fence,
     Commit,
+    Abort,
 }
 
 impl Order {
@@ -48,6 +51,7 @@ impl Order {
         match self {
             Self::Fence => "give us our transactional id, and to end what a producer before us had begun",
             Self::Commit => "commit our transaction",
+            Self::Abort => "abort our transaction",
         }
     }
 }
@@ -58,6 +62,7 @@ pub(crate) enum Done {
     /// No other producer of our id can write any more, and what it had begun is over.
     Fenced,
     Committed,
+    Aborted,
 }
 
 /// Carries out one order after the other.
@@ -97,6 +102,24 @@ impl Coordinator {
         self.order(Order::Commit);
     }
 
+    /// Aborts the transaction that is open, unless it is being committed, and waits for it within [`ABORT_LIMIT`]. Nothing
+    /// depends on it but how long consumers wait there: whoever fences next aborts it, and Kafka does by itself in the end.
+    pub(super) fn abort(&mut self) {
+        self.order(Order::Abort);
+        // The thread ends with the last order, and with it the results.
+        self.orders = None;
+        let until = Instant::now() + ABORT_LIMIT;
+        let mut done = None;
+        while let Ok(result) = self.results.recv_timeout(until.saturating_duration_since(Instant::now())) {
+            done = Some(result);
+        }
+        match done {
+            Some(Ok(Done::Aborted)) => {}
+            Some(Err(e)) => tracing::debug!("the open transaction is left to Kafka: {e}"),
+            _ => tracing::debug!("the open transaction is left to Kafka, which does not answer"),
+        }
+    }
+
     fn order(&self, order: Order) {
         if let Some(orders) = &self.orders {
             // The thread ends only when we do.
@@ -134,6 +157,7 @@ fn carry_out(
                 wait_until_empty(producer, stop);
                 producer.commit_transaction(CALL).map(|()| Done::Committed)
             }
+            Order::Abort => producer.abort_transaction(CALL).map(|()| Done::Aborted),
         };
         match done {
             Ok(done) => return Some(Ok(done)),

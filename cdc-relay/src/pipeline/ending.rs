@@ -48,7 +48,7 @@ impl Session<'_> {
         self.pending = None;
         self.relay.set_listening(false, self.now());
         if self.relay.is_exactly_once() && self.relay.is_in_transaction() {
-            // What is open is of its transaction alone, and is left to be forgotten.
+            // What is open is of its transaction alone, and is not to be seen.
             return;
         }
         self.relay.set_hurry(true);
@@ -68,11 +68,18 @@ impl Session<'_> {
         }
     }
 
+    /// The end of a session that another may not follow for long: who takes the slot next does not wait for Kafka.
+    pub(super) fn leave(self) {
+        drop(self.stream);
+        self.producer.abort();
+    }
+
     /// The end that was asked for: the last status, and the slot is free.
     pub(super) fn finish(mut self) -> Result<(), Error> {
         let (left, is_drained) = (self.relay.progress().in_flight_records(), self.is_drained());
         let status = self.relay.final_status(self.now());
         let told = self.stream.finish(status);
+        self.producer.abort();
         self.shared.metrics.streaming.set(0);
         tracing::info!(confirmed_lsn = %status.confirmed, "stopped");
         if let Err(e) = told {

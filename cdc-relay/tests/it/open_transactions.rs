@@ -1,17 +1,22 @@
 //! Exactly-once delivery: what becomes of a transaction that is open in Kafka when a relay ends, or is given up.
 
 use rdkafka::{
+    Message as _,
     error::KafkaError,
     producer::{BaseProducer, BaseRecord, Producer as _},
 };
 
 use crate::{
     checkpoints,
-    database::Database,
+    database::{Database, eventually, unique},
     exactly_once::{CALL, EXACTLY_ONCE, settled, transactional},
+    network::Network,
     relay::{Relay, command, init},
-    topics::{Topic, assert_complete_and_ordered},
+    topics::{Topic, assert_complete_and_ordered, put},
 };
+
+/// Longer than any test waits.
+const NEVER_ENDED: (&str, &str) = ("CDC_RELAY_TRANSACTIONS__TIMEOUT_SECONDS", "600");
 
 fn accept_gap(database: &Database, arguments: &[&str]) {
     let output = command(database).arg("accept-gap").args(arguments).envs([EXACTLY_ONCE]).output().unwrap();
@@ -64,4 +69,46 @@ fn a_relay_that_wakes_up_after_a_gap_was_accepted_commits_nothing() {
     let messages = topic.read(30);
     assert_eq!((assert_complete_and_ordered(&messages, 30), messages.len()), (0, 30));
     relay.stop();
+}
+
+#[test]
+fn a_relay_that_halts_leaves_no_transaction_open() {
+    let (mut database, topic) = (Database::new(), Topic::new(1, &[]));
+    init(&database);
+    let (kind, missing) = (&topic.kind, unique());
+    let row = |kind: &str| format!("(gen_random_uuid(), '{kind}', 'k', 'T', '{{}}')");
+    // Whether a topic is missing is not believed at once, so the first row is in Kafka by then.
+    database.run(&format!("INSERT INTO outbox VALUES {}, {}", row(kind), row(&missing)));
+    let mut relay = Relay::spawn(&database, &[EXACTLY_ONCE, NEVER_ENDED]);
+    assert_eq!(relay.wait().code(), Some(65), "{}", relay.log());
+    assert!(relay.log().contains(&missing), "{}", relay.log());
+    put(&topic.name, "another", Some("{}"));
+    let messages = topic.read(1);
+    assert_eq!(messages.iter().map(|m| m.key().unwrap()).collect::<Vec<_>>(), [b"another"]);
+}
+
+#[test]
+fn a_relay_that_has_lost_postgres_leaves_no_transaction_open() {
+    let (mut database, topic) = (Database::new(), Topic::new(1, &[]));
+    let role = database.name.clone();
+    database.run(&format!("ALTER ROLE {role} SET wal_sender_timeout = '2s'"));
+    init(&database);
+    let network = Network::to(&database);
+    let environment = [
+        EXACTLY_ONCE,
+        NEVER_ENDED,
+        ("CDC_RELAY_TRANSACTIONS__MILLISECONDS", "200000"),
+        ("CDC_RELAY_POSTGRES__URL", &network.url),
+        ("CDC_RELAY_POSTGRES__SILENCE_TIMEOUT_SECONDS", "1"),
+    ];
+    let relay = Relay::start(&database, &environment);
+    database.insert(&topic.kind, 0, 1);
+    eventually("its row is in Kafka, and not committed", || {
+        (relay.metric("cdc_relay_records_acknowledged_total") == Some(1.0)).then_some(())
+    });
+    network.cut();
+    put(&topic.name, "another", Some("{}"));
+    let messages = topic.read(1);
+    assert_eq!(messages.iter().map(|m| m.key().unwrap()).collect::<Vec<_>>(), [b"another"]);
+    relay.kill();
 }
