@@ -159,9 +159,11 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {}
 
 /// How to go on after a row that cannot be published.
-const POISON_HINT: &str = "everything before this row's transaction is confirmed, and nothing from there on. Mend the cause \
-     and start again: the row is read again from the log. Or set its kind's policy in [poison] to dead-letter, park-key or \
-     skip. Or leave its transaction out for good, while no relay runs: cdc-relay accept-gap --through COMMIT_LSN";
+const POISON_HINT: &str = "everything before this row's transaction is published and confirmed. Nothing from there on is confirmed, \
+     but rows of its transaction that come before it may be published (with exactly-once delivery: the first part of one that \
+     had to be split). Mend the cause and start again: the row is read again from the log. Or set its kind's policy in [poison] \
+     to dead-letter, park-key or skip. Or leave out for good what is left of its transaction, while no relay runs: cdc-relay \
+     accept-gap --through COMMIT_LSN";
 
 /// What mends the cause.
 fn remedy(poison: &Poison) -> String {

@@ -3,6 +3,7 @@
 use rdkafka::{
     Message as _,
     error::KafkaError,
+    message::OwnedMessage,
     producer::{BaseProducer, BaseRecord, Producer as _},
 };
 
@@ -111,4 +112,38 @@ fn a_relay_that_has_lost_postgres_leaves_no_transaction_open() {
     let messages = topic.read(1);
     assert_eq!(messages.iter().map(|m| m.key().unwrap()).collect::<Vec<_>>(), [b"another"]);
     relay.kill();
+}
+
+#[test]
+fn a_row_that_halts_behind_a_part_that_is_published_says_so_and_the_rest_can_be_left_out() {
+    let (mut database, topic) = (Database::new(), Topic::new(1, &[]));
+    init(&database);
+    database.run("ALTER TABLE outbox ADD headers jsonb");
+    let kind = topic.kind.clone();
+    database.run(&format!(
+        "BEGIN; INSERT INTO outbox SELECT gen_random_uuid(), '{kind}', 'a', 'Counted', \
+         json_build_object('n', n, 'x', repeat('x', 300)) FROM generate_series(0, 199) n; \
+         INSERT INTO outbox VALUES (gen_random_uuid(), '{kind}', 'a', 'Counted', '{{\"n\": 200}}', '[]'); COMMIT"
+    ));
+    let small = [EXACTLY_ONCE, ("CDC_RELAY_TRANSACTIONS__BYTES", "16384")];
+    let mut halts = [(); 2].map(|()| {
+        let mut relay = Relay::spawn(&database, &small);
+        assert_eq!(relay.wait().code(), Some(65), "{}", relay.log());
+        (topic.read(1).len(), relay.log())
+    });
+    let (published, log) = std::mem::take(&mut halts[1]);
+    assert!((1..200).contains(&published) && halts[0].0 == published, "{published}, before {}", halts[0].0);
+    assert!(log.contains("rows of its transaction that come before it may be published"), "{log}");
+    let lsn = log.split("commit LSN ").nth(1).and_then(|rest| rest.split(',').next()).unwrap();
+    accept_gap(&database, &["--through", lsn, "--yes"]);
+    let relay = Relay::start(&database, &small);
+    database.insert(&kind, 201, 10);
+    let numbers: Vec<_> = topic.read(published + 10).iter().map(number).collect();
+    assert_eq!(numbers, (0..published).chain(201..211).collect::<Vec<_>>());
+    relay.stop();
+}
+
+fn number(message: &OwnedMessage) -> usize {
+    let body: serde_json::Value = serde_json::from_slice(message.payload().unwrap()).unwrap();
+    body["n"].as_u64().unwrap().try_into().unwrap()
 }
