@@ -27,7 +27,7 @@ pub(crate) struct Ahead {
 }
 
 impl Ahead {
-    /// Takes up to `limit_bytes`, and one event more.
+    /// Takes up to `limit_bytes`, and one event more. That is beside what is in flight.
     pub(crate) fn new(limit_bytes: usize) -> Self {
         Self { limit_bytes, events: VecDeque::new(), messages: Vec::new(), taken: 0 }
     }
