@@ -35,5 +35,6 @@ mod shapes_refused;
 mod shutdown;
 mod stack;
 mod standby;
+mod switched;
 mod tls;
 mod topics;
