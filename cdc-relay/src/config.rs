@@ -355,6 +355,29 @@ mod tests {
         Config::default().check().unwrap();
     }
 
+    /// serde names every key that a table has where it is given another.
+    #[test]
+    fn every_key_is_in_the_example() {
+        let example: toml::Table = toml::from_str(EXAMPLE).unwrap();
+        let expected = |text: &str| -> Vec<String> {
+            let error = toml::from_str::<Config>(text).unwrap_err().to_string();
+            let (_, keys) = error.split_once("expected").unwrap_or_else(|| panic!("{error}"));
+            keys.split('`').skip(1).step_by(2).map(str::to_owned).collect()
+        };
+        let sections = expected("no_such_key = 1");
+        assert!(sections.len() > 10, "{sections:?}");
+        for section in sections {
+            if section == "outboxes" {
+                assert!(EXAMPLE.contains("#   [[outboxes]]"));
+                continue;
+            }
+            let there = example[&section].as_table().unwrap();
+            for key in expected(&format!("[{section}]\nno_such_key = 1")) {
+                assert!(there.contains_key(&key), "{section}.{key} is not in config.example.toml");
+            }
+        }
+    }
+
     #[test]
     fn what_cannot_work_names_its_key() {
         let check = |change: fn(&mut Config)| {
