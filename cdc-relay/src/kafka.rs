@@ -41,6 +41,7 @@ pub(crate) use self::{
     create::{NewTopic, create_topics},
     history::{History, Patience},
     tail::Tails,
+    topics::is_compacted,
     transactions::{Done, Transactional},
 };
 use self::{

@@ -2,6 +2,7 @@
 
 mod admin;
 mod ahead;
+mod audit;
 mod check;
 mod cli;
 mod config;

@@ -1,6 +1,7 @@
 //! The command line.
 
 mod accept_gap;
+mod audit;
 mod check;
 mod dlq;
 mod init;
@@ -83,6 +84,11 @@ enum Command {
     ///
     /// Changes nothing. Exits with 65 if anything was found.
     Check(check::Check),
+    /// Compare the outbox's rows with the topics by their ids: what is missing, what is there twice, what is out of order.
+    ///
+    /// Rows that are deleted from the outbox cannot be looked for. Changes nothing, needs SELECT on the outbox and Read on the
+    /// topics. Exits with 65 if anything was found, and with 75 if rows are in no topic that may still come.
+    Audit(audit::Audit),
     /// Read and decode the slot's log to nowhere, and say how fast that went.
     ///
     /// Tells how fast this Postgres can give us this slot's log, and nothing else happens: nothing is published, and
@@ -149,6 +155,7 @@ fn carry_out(cli: Cli) -> Result<(), Failure> {
         Some(Command::Init) => init::init(&settings),
         Some(Command::AcceptGap(command)) => accept_gap::accept_gap(&settings, &command),
         Some(Command::Check(check)) => check::check(&settings, &check),
+        Some(Command::Audit(audit)) => audit::audit(&settings, &audit),
         Some(Command::Probe(probe)) => probe::probe(&settings, &probe),
         Some(Command::Dlq { command }) => dlq::carry_out(&settings, &command),
         _ => run::run(settings),

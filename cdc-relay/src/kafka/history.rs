@@ -99,12 +99,8 @@ impl History {
     /// Waits until what is in the topic now is committed or aborted: behind an open transaction, of whoever, committed
     /// records cannot be read, and the end of what can be read is not the end.
     fn wait_for_transactions(&self, patience: Patience<'_>) -> Result<(), Error> {
-        let end = |consumer: &BaseConsumer<Quiet>, partition| loop {
-            patience()?;
-            match consumer.fetch_watermarks(&self.topic, partition, METADATA_TIMEOUT) {
-                Ok((_, end)) => return Ok::<i64, Error>(end),
-                Err(error) => self.look_at(&error)?,
-            }
+        let end = |consumer: &BaseConsumer<Quiet>, partition| {
+            self.watermarks(consumer, partition, patience).map(|(_, end)| end)
         };
         for partition in self.next.keys().copied() {
             let written = end(&self.uncommitted, partition)?;
@@ -120,6 +116,32 @@ impl History {
             }
         }
         Ok(())
+    }
+
+    /// The first offset of each partition that is not deleted.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub(crate) fn beginnings(&self, patience: Patience<'_>) -> Result<Vec<(i32, i64)>, Error> {
+        let beginning = |partition: i32| {
+            self.watermarks(&self.consumer, partition, patience).map(|(beginning, _)| (partition, beginning))
+        };
+        self.next.keys().copied().map(beginning).collect()
+    }
+
+    fn watermarks(
+        &self,
+        consumer: &BaseConsumer<Quiet>,
+        partition: i32,
+        patience: Patience<'_>,
+    ) -> Result<(i64, i64), Error> {
+        loop {
+            patience()?;
+            match consumer.fetch_watermarks(&self.topic, partition, METADATA_TIMEOUT) {
+                Ok(watermarks) => return Ok(watermarks),
+                Err(error) => self.look_at(&error)?,
+            }
+        }
     }
 
     /// One record; None when it is not there. Cheap when they are asked for in order.

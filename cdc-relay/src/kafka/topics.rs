@@ -17,8 +17,14 @@ use rdkafka::{
     types::RDKafkaRespErr,
 };
 
-use super::{client::Quiet, reports::Context};
-use crate::error::{Error, Kind};
+use super::{
+    client::{Quiet, client_config},
+    reports::Context,
+};
+use crate::{
+    config::KafkaConfig,
+    error::{Error, Kind},
+};
 
 /// How long to wait for a broker's answer.
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -112,11 +118,21 @@ fn partitions(topic: &MetadataTopic) -> i32 {
 }
 
 fn limit_bytes(config: &ClientConfig, topic: &str) -> Option<usize> {
+    setting(config, topic, "max.message.bytes")?.parse().ok()
+}
+
+/// Whether Kafka removes records of a key that a later one of it supersedes; None where we may not ask.
+pub(crate) fn is_compacted(config: &KafkaConfig, topic: &str) -> Option<bool> {
+    let policies = setting(&client_config(config), topic, "cleanup.policy")?;
+    Some(policies.split(',').any(|policy| policy.trim() == "compact"))
+}
+
+fn setting(config: &ClientConfig, topic: &str, name: &str) -> Option<String> {
     let admin: AdminClient<Quiet> = config.create_with_context(Quiet).ok()?;
     let runtime = tokio::runtime::Builder::new_current_thread().build().ok()?;
     let options = AdminOptions::new().request_timeout(Some(TIMEOUT));
     let resource = [ResourceSpecifier::Topic(topic)];
     let described = runtime.block_on(admin.describe_configs(&resource, &options)).ok()?;
     let topic = described.into_iter().next()?.ok()?;
-    topic.get("max.message.bytes")?.value.as_deref()?.parse().ok()
+    topic.get(name)?.value.clone()
 }

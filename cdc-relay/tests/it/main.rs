@@ -3,6 +3,7 @@
 // A test that cannot go on fails where it stands.
 #![allow(clippy::unwrap_used)]
 
+mod audit;
 mod certificates;
 mod check;
 mod checkpoints;

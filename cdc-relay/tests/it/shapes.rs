@@ -5,6 +5,7 @@ use std::{fs, path::PathBuf};
 use rdkafka::{Message as _, message::OwnedMessage};
 
 use crate::{
+    audit::{audit, counts},
     database::{Database, eventually, unique},
     relay::{Relay, command, init},
     topics::{Topic, headers},
@@ -112,6 +113,11 @@ fn several_tables_of_one_publication_have_their_own_mappings() {
     let types: Vec<_> = messages.iter().map(|m| header(m, "type").unwrap()).collect();
     assert_eq!(types, ["Mapped", "dotted.type"]);
     assert_eq!(messages[1].timestamp().to_millis(), Some(1_767_225_600_500));
+    database.run(&format!(
+        "GRANT USAGE ON SCHEMA billing TO {role}; GRANT SELECT ON outbox, billing.events TO {role}"
+    ));
+    let (code, report) = audit(&database, &[], &[file.variable()]);
+    assert_eq!((code, counts(&report, ["rows", "published", "records"])), (0, [5, 5, 5]), "{report}");
     relay.stop();
 }
 
