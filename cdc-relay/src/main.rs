@@ -25,6 +25,7 @@ mod shared;
 mod slot;
 mod standby;
 mod start;
+mod status;
 mod wait;
 
 use std::process::ExitCode;

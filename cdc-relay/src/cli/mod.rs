@@ -7,6 +7,7 @@ mod dlq;
 mod init;
 mod probe;
 mod run;
+mod status;
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -89,6 +90,11 @@ enum Command {
     /// Rows that are deleted from the outbox cannot be looked for. Changes nothing, needs SELECT on the outbox and Read on the
     /// topics. Exits with 65 if anything was found, and with 75 if rows are in no topic that may still come.
     Audit(audit::Audit),
+    /// Look at the slot, at the checkpoint in Kafka and at the relay, and say how far behind it is.
+    ///
+    /// What is not known, because Kafka or the relay is away or the server does not tell, is a dash, or null. Takes a second,
+    /// in which it sees how fast the log grows; changes nothing.
+    Status(status::Status),
     /// Read and decode the slot's log to nowhere, and say how fast that went.
     ///
     /// Tells how fast this Postgres can give us this slot's log, and nothing else happens: nothing is published, and
@@ -156,6 +162,7 @@ fn carry_out(cli: Cli) -> Result<(), Failure> {
         Some(Command::AcceptGap(command)) => accept_gap::accept_gap(&settings, &command),
         Some(Command::Check(check)) => check::check(&settings, &check),
         Some(Command::Audit(audit)) => audit::audit(&settings, &audit),
+        Some(Command::Status(status)) => status::status(&settings, &status),
         Some(Command::Probe(probe)) => probe::probe(&settings, &probe),
         Some(Command::Dlq { command }) => dlq::carry_out(&settings, &command),
         _ => run::run(settings),

@@ -5,6 +5,7 @@ use crate::{
     database::{Database, eventually},
     relay::{Relay, init},
     stack::Stack,
+    status::{AWAY, status},
     topics::{Topic, assert_complete_and_ordered},
 };
 
@@ -14,6 +15,9 @@ fn a_slot_whose_log_is_gone_halts_by_name() {
     let (mut database, topic) = (Database::on(&stack.servers), Topic::on(&stack.servers, 1, &[]));
     init(&database);
     database.insert(&topic.kind, 0, 1);
+    let before = status(&database, AWAY, &[]);
+    let safe = before["safe_wal_bytes"].as_i64().unwrap();
+    assert!(0 < safe && safe <= 64 << 20, "{before}");
     let slot = database.slot.clone();
     eventually("the slot is lost", || {
         database.run("SELECT pg_logical_emit_message(false, 'x', repeat('x', 1000)); SELECT pg_switch_wal()");
@@ -21,6 +25,11 @@ fn a_slot_whose_log_is_gone_halts_by_name() {
         let status = format!("SELECT wal_status FROM pg_replication_slots WHERE slot_name = '{slot}'");
         (database.text(&status) == "lost").then_some(())
     });
+    let lost = status(&database, AWAY, &[]);
+    assert_eq!(lost["wal_status"], "lost");
+    for unknown in ["restart_lsn", "restart_lag_bytes", "safe_wal_bytes", "seconds_to_slot_loss"] {
+        assert!(lost[unknown].is_null(), "{unknown} in {lost}");
+    }
     let mut relay = Relay::spawn(&database, &[]);
     assert_eq!(relay.wait().code(), Some(65), "{}", relay.log());
     assert!(relay.log().contains("is lost"), "{}", relay.log());

@@ -36,6 +36,7 @@ mod shapes_refused;
 mod shutdown;
 mod stack;
 mod standby;
+mod status;
 mod switched;
 mod tls;
 mod topics;

@@ -3,6 +3,7 @@
 mod look;
 mod redrive;
 
+pub(super) use self::redrive::relay_url;
 use chrono::{DateTime, Utc};
 use relay_core::{
     poison::Kind,

@@ -139,10 +139,7 @@ impl Selection {
     }
 
     fn ask(&self, settings: &Settings, request: &Request) -> Result<Report, Failure> {
-        let base = match &self.relay {
-            Some(url) => url.trim_end_matches('/').to_owned(),
-            None => format!("http://{}", reachable(&settings.listen)),
-        };
+        let base = relay_url(settings, self.relay.as_deref());
         if base.to_ascii_lowercase().starts_with("https:") {
             let why = "--relay begins with https://, and the relay's administration speaks plain HTTP only";
             return Err(
@@ -220,6 +217,14 @@ fn dry_run(settings: &Settings, batch: &[Place], request: &Request) -> Result<Re
     }
     let freed = plan.free();
     Ok(Report::new(&plan, &freed))
+}
+
+/// Where the relay is: what was given, or else where the configuration has it listen.
+pub(crate) fn relay_url(settings: &Settings, given: Option<&str>) -> String {
+    match given {
+        Some(url) => url.trim_end_matches('/').to_owned(),
+        None => format!("http://{}", reachable(&settings.listen)),
+    }
 }
 
 /// Where a relay is that listens everywhere.
