@@ -26,6 +26,7 @@ mod slot;
 mod standby;
 mod start;
 mod status;
+mod tail;
 mod wait;
 
 use std::process::ExitCode;

@@ -40,7 +40,18 @@ pub(crate) fn verify(connection: &mut Connection, settings: &Settings) -> Result
         let rows = connection.query("SELECT setting FROM pg_settings WHERE name = $1", &[name])?;
         Ok(rows.into_iter().flatten().flatten().next().unwrap_or_default())
     };
-    let standbys = setting("synchronous_standby_names")?;
+    let wal_sender_timeout_ms = setting("wal_sender_timeout")?.parse().unwrap_or(0);
+    check_synchronous(connection)?;
+    Ok(Position { confirmed, wal_sender_timeout_ms })
+}
+
+/// Whoever streams under our name must not be waited for by transactions.
+///
+/// # Errors
+/// Halted: the server would.
+pub(crate) fn check_synchronous(connection: &mut Connection) -> Result<(), Error> {
+    let rows = connection.simple_query("SHOW synchronous_standby_names")?;
+    let standbys = rows.into_iter().flatten().flatten().next().unwrap_or_default();
     if counts_us(&standbys) {
         let what = format!(
             "synchronous_standby_names is {standbys:?}, which makes the relay a synchronous standby: while Kafka is away, \
@@ -50,7 +61,7 @@ pub(crate) fn verify(connection: &mut Connection, settings: &Settings) -> Result
             "name the standbys in it one by one, without * and without cdc-relay, and reload the server",
         ));
     }
-    Ok(Position { confirmed, wal_sender_timeout_ms: setting("wal_sender_timeout")?.parse().unwrap_or(0) })
+    Ok(())
 }
 
 /// On a standby there is no slot, or one that nobody may read until the promotion; with several hosts that means that

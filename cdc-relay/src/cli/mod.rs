@@ -8,6 +8,7 @@ mod init;
 mod probe;
 mod run;
 mod status;
+mod tail;
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -95,6 +96,11 @@ enum Command {
     /// What is not known, because Kafka or the relay is away or the server does not tell, is a dash, or null. Takes a second,
     /// in which it sees how fast the log grows; changes nothing.
     Status(status::Status),
+    /// Show the outbox's rows as they are committed, as the records that they are to be, without disturbing the relay.
+    ///
+    /// Reads from a temporary slot, which is gone when this ends. Needs no more rights than the relay has (REPLICATION), one
+    /// more slot and walsender of the server's limits, and no Kafka.
+    Tail(tail::Tail),
     /// Read and decode the slot's log to nowhere, and say how fast that went.
     ///
     /// Tells how fast this Postgres can give us this slot's log, and nothing else happens: nothing is published, and
@@ -163,6 +169,7 @@ fn carry_out(cli: Cli) -> Result<(), Failure> {
         Some(Command::Check(check)) => check::check(&settings, &check),
         Some(Command::Audit(audit)) => audit::audit(&settings, &audit),
         Some(Command::Status(status)) => status::status(&settings, &status),
+        Some(Command::Tail(tail)) => tail::tail(&settings, &tail),
         Some(Command::Probe(probe)) => probe::probe(&settings, &probe),
         Some(Command::Dlq { command }) => dlq::carry_out(&settings, &command),
         _ => run::run(settings),

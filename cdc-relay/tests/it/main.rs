@@ -38,5 +38,6 @@ mod stack;
 mod standby;
 mod status;
 mod switched;
+mod tail;
 mod tls;
 mod topics;
