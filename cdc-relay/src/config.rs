@@ -101,6 +101,7 @@ pub(crate) enum PolicyName {
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct HttpConfig {
     pub(crate) listen: String,
+    pub(crate) unready_after_seconds: u64,
     pub(crate) admin_token: Secret,
 }
 
@@ -176,7 +177,7 @@ impl PoisonConfig {
 
 impl Default for HttpConfig {
     fn default() -> Self {
-        Self { listen: "127.0.0.1:8081".into(), admin_token: Secret::default() }
+        Self { listen: "127.0.0.1:8081".into(), unready_after_seconds: 60, admin_token: Secret::default() }
     }
 }
 
@@ -210,6 +211,8 @@ pub(crate) struct Settings {
     pub(crate) in_flight_limit_bytes: usize,
     pub(crate) drain_grace: Duration,
     pub(crate) listen: String,
+    /// Not ready while a record has waited for Kafka for so long.
+    pub(crate) unready_after: Duration,
     pub(crate) admin_token: Secret,
     /// Who is told of this instance.
     pub(crate) fleet: Option<fleet::Settings>,
@@ -291,6 +294,7 @@ impl Config {
             in_flight_limit_bytes: self.limits.in_flight_bytes,
             drain_grace: seconds("limits.drain_seconds", self.limits.drain_seconds, 0)?,
             listen: self.http.listen,
+            unready_after: seconds("http.unready_after_seconds", self.http.unready_after_seconds, 1)?,
             admin_token: self.http.admin_token,
             fleet: self.fleet.check()?,
             log: self.log,

@@ -50,6 +50,23 @@ pub(crate) enum Policy {
 }
 
 impl Kind {
+    /// All of them.
+    pub(crate) const ALL: [Self; 13] = [
+        Self::PostgresAway,
+        Self::SlotInUse,
+        Self::DeliveryFailed,
+        Self::Fenced,
+        Self::Entangled,
+        Self::BatchTooLarge,
+        Self::BatchRefused,
+        Self::RecordRefused,
+        Self::GaveUp,
+        Self::Refused,
+        Self::Misconfigured,
+        Self::Halted,
+        Self::Internal,
+    ];
+
     /// The one place that decides.
     pub(crate) fn policy(self) -> Policy {
         match self {

@@ -5,6 +5,7 @@ mod ahead;
 mod audit;
 mod check;
 mod cli;
+mod clock;
 mod config;
 mod diversions;
 mod dlq;
@@ -28,6 +29,7 @@ mod start;
 mod status;
 mod tail;
 mod wait;
+mod wal;
 
 use std::process::ExitCode;
 

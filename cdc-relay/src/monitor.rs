@@ -5,15 +5,16 @@ use std::{
         atomic::Ordering,
         mpsc::{Receiver, RecvTimeoutError},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use crate::{
-    admin::Metrics,
+    admin::SlotView,
     config::Settings,
     error::Error,
     replication::{connection::Connection, handshake::Purpose, place::Place},
     shared::Shared,
+    wal::{self, Growth},
 };
 
 const INTERVAL: Duration = Duration::from_secs(2);
@@ -27,13 +28,14 @@ const SHUTS_DOWN: [&str; 2] = ["57P01", "57P03"];
 /// walsenders wait for whoever reads from them. So it tells the pipeline.
 pub(crate) fn run(shared: &Shared, stop: &Receiver<()>) {
     let (settings, metrics) = (&*shared.settings, &shared.metrics);
-    let (mut connection, mut wait) = (None, Duration::ZERO);
+    let (mut connection, mut growth, mut wait) = (None, Growth::default(), Duration::ZERO);
     while stop.recv_timeout(std::mem::replace(&mut wait, INTERVAL)) == Err(RecvTimeoutError::Timeout) {
-        match look(settings, metrics, shared.server(), &mut connection) {
-            Ok(()) => {
+        match look(settings, shared.server(), &mut connection, &mut growth) {
+            Ok(view) => {
+                metrics.slot(&view);
                 // It answers, so it was only this connection that was ended.
                 shared.postgres_stops.store(false, Ordering::Relaxed);
-                metrics.postgres_up.set(1);
+                metrics.postgres_up.set(Some(1.0));
             }
             Err(e) => {
                 connection = None;
@@ -41,7 +43,8 @@ pub(crate) fn run(shared: &Shared, stop: &Receiver<()>) {
                     shared.postgres_stops.store(true, Ordering::Relaxed);
                     shared.waker.wake();
                 }
-                if metrics.postgres_up.set(0) != 0 {
+                metrics.slot(&SlotView::default());
+                if metrics.postgres_up.set(Some(0.0)) != Some(0.0) {
                     tracing::warn!("the slot cannot be watched: {e}");
                 }
             }
@@ -52,10 +55,10 @@ pub(crate) fn run(shared: &Shared, stop: &Receiver<()>) {
 /// Asks the server that is streamed from, where there is one: another would have another slot of that name.
 fn look(
     settings: &Settings,
-    metrics: &Metrics,
     server: Option<Place>,
     connection: &mut Option<Connection>,
-) -> Result<(), Error> {
+    growth: &mut Growth,
+) -> Result<SlotView, Error> {
     if connection.as_ref().is_some_and(|open| server.as_ref().is_some_and(|server| server != open.place())) {
         *connection = None;
     }
@@ -67,17 +70,27 @@ fn look(
         }
         (None, None) => connection.insert(Connection::connect(info, Purpose::Sql, timeout)?),
     };
-    let sql = "SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), confirmed_flush_lsn)::int8, \
-               pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)::int8, coalesce(safe_wal_size, -1) \
-               FROM pg_replication_slots WHERE slot_name = $1";
-    let rows = open.query(sql, &[&settings.slot])?;
-    let Some(row) = rows.first() else { return Ok(()) };
-    let gauges =
-        [&metrics.slot_confirmed_lag_bytes, &metrics.slot_restart_lag_bytes, &metrics.slot_safe_wal_bytes];
-    for (gauge, value) in gauges.into_iter().zip(row) {
-        if let Some(value) = value.as_deref().and_then(|v| v.parse().ok()) {
-            gauge.set(value);
-        }
+    let rows = open.query(LOOK, &[&settings.slot])?;
+    Ok(rows.first().map(|row| view(row, growth)).unwrap_or_default())
+}
+
+/// One row, whether there is such a slot or not.
+const LOOK: &str = "SELECT pg_wal_lsn_diff(wal.lsn, '0/0'), CASE WHEN slot_name IS NULL THEN 'missing' ELSE wal_status END, \
+     pg_wal_lsn_diff(wal.lsn, confirmed_flush_lsn), pg_wal_lsn_diff(wal.lsn, restart_lsn), safe_wal_size \
+     FROM pg_current_wal_lsn() wal (lsn) LEFT JOIN pg_replication_slots ON slot_name = $1";
+
+fn view(row: &[Option<String>], growth: &mut Growth) -> SlotView {
+    let number = |index: usize| row.get(index)?.as_deref()?.parse::<f64>().ok();
+    let rate = number(0).and_then(|position| growth.look(Instant::now(), position));
+    let safe_wal_bytes = number(4);
+    let time_to_loss_seconds =
+        safe_wal_bytes.zip(rate).and_then(|(bytes, rate)| wal::seconds_to_loss(bytes, rate));
+    SlotView {
+        wal_status: row.get(1).cloned().flatten(),
+        confirmed_lag_bytes: number(2),
+        restart_lag_bytes: number(3),
+        safe_wal_bytes,
+        wal_bytes_per_second: rate,
+        time_to_loss_seconds,
     }
-    Ok(())
 }

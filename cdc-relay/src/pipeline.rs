@@ -6,6 +6,7 @@
 
 mod beginning;
 mod ending;
+mod telling;
 
 use std::{
     collections::HashMap,
@@ -14,7 +15,9 @@ use std::{
 
 use relay_core::{Lsn, Relay, poison::Poison, progress::Ticket, record::Identity};
 
+use self::telling::Told;
 use crate::{
+    admin::State,
     ahead::Ahead,
     diversions::Diversions,
     dlq::redrive::{Hands, Progress, Redrive},
@@ -68,8 +71,7 @@ struct Session<'a> {
     apart: Option<Lsn>,
     /// Scratch for acknowledgements.
     acknowledged: Vec<Ticket>,
-    ignored_before: u64,
-    passed_over_before: u64,
+    told: Told,
     pace: Pace,
     /// When the last round began.
     last_round: Duration,
@@ -153,6 +155,7 @@ impl Session<'_> {
                     return Ok(());
                 }
                 self.shared.health.not_ready("draining", "");
+                self.shared.metrics.enter(State::Draining);
             }
             self.feed_back()?;
             // A transaction that has been read in part is read to its end even while draining: only then can
@@ -168,7 +171,7 @@ impl Session<'_> {
             }
             progressed |= self.redrive(draining.is_some())?;
             self.keep_parking()?;
-            self.tell();
+            self.tell(draining);
             if !progressed {
                 self.wait(read || ahead);
             }
@@ -251,6 +254,9 @@ impl Session<'_> {
             self.relay.handle_settled(*ticket)?;
         }
         self.shared.metrics.acknowledged.inc_by(self.acknowledged.len() as u64);
+        if is_acknowledged || is_delivered {
+            self.tell_published(now);
+        }
         let idle = self.is_admitted && self.pending.is_none() && !self.relay.awaits_kafka();
         self.is_well |= is_delivered || (idle && now >= WELL_AFTER);
         if is_acknowledged || is_delivered || idle {
@@ -365,7 +371,7 @@ impl Session<'_> {
         // A status update that is due waits for the socket to take the one before it.
         let deadline =
             if write { STATUS_INTERVAL } else { self.relay.next_deadline().saturating_sub(self.now()) };
-        let mut timeout = deadline.min(STATUS_INTERVAL);
+        let mut timeout = deadline.min(STATUS_INTERVAL).min(self.until_late());
         if self.pending.is_some()
             || self.redrive.is_some()
             || self.shared.stopping()
@@ -374,27 +380,6 @@ impl Session<'_> {
             timeout = timeout.min(PENDING_RETRY);
         }
         self.wakeups.wait_with(self.stream.fd(), read, write, timeout);
-    }
-
-    fn tell(&mut self) {
-        let as_gauge = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
-        let (metrics, progress) = (&self.shared.metrics, self.relay.progress());
-        metrics.in_flight_records.set(as_gauge(progress.in_flight_records() as u64));
-        metrics.in_flight_bytes.set(as_gauge(progress.in_flight_bytes() as u64));
-        metrics.confirmed_lsn.set(as_gauge(self.relay.confirmed().0));
-        metrics.parked_aggregates.set(as_gauge(self.relay.parking().len() as u64));
-        metrics.received_lsn.set(as_gauge(self.relay.received().0));
-        let ignored = self.relay.ignored_changes();
-        metrics.ignored_changes.inc_by(ignored - self.ignored_before);
-        self.ignored_before = ignored;
-        let passed_over = self.relay.passed_over();
-        metrics.passed_over.inc_by(passed_over - self.passed_over_before);
-        self.passed_over_before = passed_over;
-        let enqueued = self.producer.take_enqueued();
-        metrics.records.inc_by(enqueued);
-        for diversion in self.relay.take_diversions() {
-            self.diversions.tell(&diversion);
-        }
     }
 
     /// Writes down which aggregates were parked or freed.

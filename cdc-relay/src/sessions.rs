@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use service::{Failure, exit};
 
 use crate::{
+    admin::State,
     error::{Error, Policy},
     foreign, pipeline,
     setup::Desk,
@@ -32,7 +33,6 @@ pub(crate) fn run(shared: &Shared, wakeups: &Wakeups) -> Result<(), Failure> {
         Course { backoff: BACKOFF_FIRST, unwell_since: None, memory: Memory::default(), first: true };
     while !shared.stopping() {
         let Err(error) = attempt(shared, wakeups, &mut course) else { return Ok(()) };
-        shared.metrics.streaming.set(0);
         shared.metrics.error(error.kind);
         course.memory.learn(&error, &shared.settings).map_err(Error::into_failure)?;
         match error.kind.policy() {
@@ -47,7 +47,7 @@ pub(crate) fn run(shared: &Shared, wakeups: &Wakeups) -> Result<(), Failure> {
                 return Err(Failure::new(exit::Kind::GaveUp, what));
             }
             Policy::Retry => {
-                shared.metrics.standby.set(0);
+                shared.metrics.enter(State::Connecting);
                 let since = *course.unwell_since.get_or_insert_with(Instant::now);
                 if shared.settings.give_up_after.is_some_and(|limit| since.elapsed() >= limit) {
                     let seconds = since.elapsed().as_secs();

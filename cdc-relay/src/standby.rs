@@ -6,6 +6,7 @@
 use std::{fmt, time::Duration};
 
 use crate::{
+    admin::State,
     error::Error,
     replication::{connection::Connection, handshake::Purpose},
     shared::Shared,
@@ -38,7 +39,7 @@ impl fmt::Display for Holder {
 
 /// Returns when the slot seems to be free or gone, when Postgres does not answer, or when a stop is asked for.
 pub(crate) fn wait(shared: &Shared, wakeups: &Wakeups) {
-    shared.metrics.standby.set(1);
+    shared.metrics.enter(State::Standby);
     // Somebody was told just now that the slot is taken. However often that happens, it happens no faster than this.
     wakeups.wait(LOOK_INTERVAL);
     if let Err(e) = watch(shared, wakeups) {

@@ -208,7 +208,8 @@ impl Relay {
         };
         let errors = metrics.lines().filter_map(|line| {
             let (kind, count) = line.strip_prefix("cdc_relay_errors_total{kind=\"")?.split_once("\"} ")?;
-            Some((kind.to_owned(), count.parse().ok()?))
+            let count = count.parse().ok().filter(|count| *count > 0)?;
+            Some((kind.to_owned(), count))
         });
         Self {
             url: url.to_owned(),
@@ -228,8 +229,8 @@ mod tests {
 
     #[test]
     fn what_a_relay_does_not_say_is_not_known() {
-        let metrics =
-            "cdc_relay_in_flight_records 3\ncdc_relay_errors_total{kind=\"postgres_away\"} 2\n# EOF";
+        let metrics = "cdc_relay_in_flight_records 3\ncdc_relay_errors_total{kind=\"postgres_away\"} 2\n\
+             cdc_relay_errors_total{kind=\"halted\"} 0\n# EOF";
         let relay = Relay::parse("http://x", r#"{"ready":true,"state":"streaming"}"#, metrics);
         assert_eq!(
             (relay.ready, relay.state.as_deref(), relay.detail),

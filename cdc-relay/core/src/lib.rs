@@ -3,6 +3,7 @@
 //! test feeds bytes and asserts what comes out.
 
 pub mod checkpoint;
+mod deliveries;
 mod disposal;
 mod draft;
 mod headers;
@@ -23,6 +24,7 @@ mod timestamp;
 pub mod transactions;
 
 pub use checkpoint::Checkpoint;
+pub use deliveries::Delivery;
 pub use lsn::Lsn;
 pub use record::Outgoing;
 pub use relay::{Relay, StatusUpdate};

@@ -4,7 +4,7 @@
 //! it in commit order stay here, and so does the credit in bytes that it took; what is here is therefore what a
 //! crash would repeat, and both are bounded alike.
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, time::Duration};
 
 use crate::{Lsn, checkpoint::Mark};
 
@@ -15,6 +15,7 @@ pub struct Ticket(pub u64);
 #[derive(Debug)]
 struct InFlight {
     bytes: usize,
+    since: Duration,
     settled: bool,
 }
 
@@ -38,6 +39,9 @@ pub struct Progress {
     /// The last transaction that is confirmed.
     last: Option<Mark>,
     in_flight_bytes: usize,
+    /// Of all that are not in flight any more.
+    settled_bytes: u64,
+    now: Duration,
 }
 
 /// A ticket that is not in flight was settled: a bug of the caller, or a delivery told twice.
@@ -54,20 +58,27 @@ impl Progress {
             confirmed,
             last: None,
             in_flight_bytes: 0,
+            settled_bytes: 0,
+            now: Duration::ZERO,
         }
+    }
+
+    /// Says what time it is: what begins from now on began then.
+    pub fn set_now(&mut self, now: Duration) {
+        self.now = now;
     }
 
     /// A record of `bytes` is about to be handed to Kafka.
     pub fn begin_record(&mut self, bytes: usize) -> Ticket {
-        let ticket = Ticket(self.first + self.records.len() as u64);
-        self.records.push_back(InFlight { bytes, settled: false });
+        let ticket = Ticket(self.next_ticket());
+        self.records.push_back(InFlight { bytes, since: self.now, settled: false });
         self.in_flight_bytes += bytes;
         ticket
     }
 
     /// What was begun since the last call is complete and ends at `end_lsn`; the transaction that it was, if it was one.
     pub fn commit(&mut self, end_lsn: Lsn, mark: Option<Mark>) {
-        let end_ticket = self.first + self.records.len() as u64;
+        let end_ticket = self.next_ticket();
         match self.commits.back_mut() {
             // A commit that brought no record of ours is settled with the one before it.
             Some(last) if last.end_ticket == end_ticket => {
@@ -86,6 +97,7 @@ impl Progress {
         record.ok_or(NotInFlight(ticket))?.settled = true;
         while let Some(front) = self.records.front().filter(|r| r.settled) {
             self.in_flight_bytes -= front.bytes;
+            self.settled_bytes += front.bytes as u64;
             self.records.pop_front();
             self.first += 1;
         }
@@ -127,6 +139,26 @@ impl Progress {
     /// Bytes of credit taken.
     pub fn in_flight_bytes(&self) -> usize {
         self.in_flight_bytes
+    }
+
+    /// Bytes of credit of all records so far that are settled, and wait behind none that is not.
+    pub fn settled_bytes(&self) -> u64 {
+        self.settled_bytes
+    }
+
+    /// When the oldest record in flight began.
+    pub fn oldest(&self) -> Option<Duration> {
+        self.records.front().map(|record| record.since)
+    }
+
+    /// Every ticket below it is settled.
+    pub fn first_ticket(&self) -> u64 {
+        self.first
+    }
+
+    /// The ticket of the next record that begins.
+    pub fn next_ticket(&self) -> u64 {
+        self.first + self.records.len() as u64
     }
 
     /// Records that are not settled, or wait behind one that is not.
@@ -200,6 +232,7 @@ mod tests {
                 let before = progress.confirmed();
                 match step {
                     Step::Record(bytes) => {
+                        progress.set_now(Duration::from_secs(model.records.len() as u64));
                         let ticket = progress.begin_record(bytes);
                         prop_assert_eq!(ticket.0, model.records.len() as u64);
                         model.records.push((bytes, false));
@@ -236,6 +269,10 @@ mod tests {
                 let prefix = model.settled_prefix();
                 prop_assert_eq!(progress.in_flight_bytes(), model.records[prefix..].iter().map(|r| r.0).sum::<usize>());
                 prop_assert_eq!(progress.in_flight_records(), model.records.len() - prefix);
+                let settled_bytes: usize = model.records[..prefix].iter().map(|r| r.0).sum();
+                prop_assert_eq!(progress.settled_bytes(), settled_bytes as u64);
+                let oldest = (prefix < model.records.len()).then_some(Duration::from_secs(prefix as u64));
+                prop_assert_eq!(progress.oldest(), oldest);
             }
         }
     }

@@ -15,6 +15,7 @@ pub use crate::disposal::{Diversion, Halt};
 use crate::{
     Checkpoint, Lsn, Outgoing,
     checkpoint::{Mark, Passage},
+    deliveries::Deliveries,
     disposal::Disposal,
     parking::{Key, Marker, Parking},
     poison::{Poison, Policies},
@@ -86,6 +87,9 @@ pub struct Relay {
     options: Options,
     source: Source,
     progress: Progress,
+    deliveries: Deliveries,
+    /// Every ticket below it is committed; exactly-once only.
+    committed_ticket: u64,
     disposal: Disposal,
     /// None: at-least-once.
     transactions: Option<Transactions>,
@@ -141,6 +145,8 @@ impl Relay {
             apart: None,
             options,
             progress: Progress::new(confirmed),
+            deliveries: Deliveries::default(),
+            committed_ticket: 0,
             start: confirmed,
             began: now,
             received: confirmed,
@@ -180,6 +186,7 @@ impl Relay {
         now: Duration,
     ) -> Result<Option<Outgoing<'a>>, Halt> {
         self.last_heard = now;
+        self.progress.set_now(now);
         self.received = self.received.max(start);
         match self.source.handle(start, bytes)? {
             Step::Nothing => Ok(None),
@@ -199,6 +206,7 @@ impl Relay {
                 self.handled = self.handled.max(end_lsn);
                 self.last_ended = self.last_begun;
                 self.progress.commit(end_lsn, self.last_begun);
+                self.deliveries.end(self.progress.next_ticket());
                 Ok(None)
             }
             Step::Row(drafted) | Step::Lone { drafted, .. }
@@ -210,6 +218,9 @@ impl Relay {
             Step::Row(drafted) => {
                 let outgoing = self.disposal.dispose(drafted, &mut self.progress, None, true)?;
                 add(self.transactions.as_mut(), outgoing.as_ref(), now);
+                if let Some(of) = self.last_begun.filter(|_| outgoing.is_some()) {
+                    self.deliveries.add(of, now);
+                }
                 Ok(outgoing)
             }
             Step::Lone { drafted, end_lsn } => {
@@ -400,12 +411,14 @@ impl Relay {
         if let Some(transactions) = &mut self.transactions {
             transactions.add(bytes, now);
         }
+        self.progress.set_now(now);
         self.progress.begin_record(bytes)
     }
 
     /// Frees an aggregate: its later rows go to their own topic again. [`take_markers`](Self::take_markers) hands
     /// out what has to be written. Whether it was parked.
     pub fn free(&mut self, key: &Key, now: Duration) -> bool {
+        self.progress.set_now(now);
         let was_parked = self.disposal.free(key, &mut self.progress);
         if let Some(transactions) = self.transactions.as_mut().filter(|_| was_parked) {
             transactions.add(key.cost_bytes(), now);

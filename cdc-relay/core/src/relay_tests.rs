@@ -256,6 +256,44 @@ fn on_the_way_to_a_part_nothing_new_is_written_down() {
     }
 }
 
+#[test]
+fn a_transaction_is_delivered_once_all_of_it_is_acknowledged_and_committed_where_it_has_to_be() {
+    let [one, two, three] = [1, 2, 3].map(Duration::from_secs);
+    let sizes = Sizes { bytes: 1 << 20, time: Duration::ZERO, split_after: Duration::from_secs(5) };
+    for delivery in [Delivery::AtLeastOnce, Delivery::ExactlyOnce(sizes)] {
+        let mut relay = started_with(Options { delivery, ..options() }, Duration::ZERO);
+        let at = |relay: &mut Relay, now, bytes: &[u8]| {
+            relay.handle_wal(Lsn::ZERO, bytes, now).unwrap().map(|outgoing| outgoing.ticket)
+        };
+        // One that brings nothing.
+        feed(&mut relay, &encode::begin(40, 5));
+        feed(&mut relay, &encode::commit(40, 45, 5));
+        feed(&mut relay, &encode::begin(50, 7));
+        let first = [at(&mut relay, one, &row("a", None)), at(&mut relay, two, &row("b", None))];
+        feed(&mut relay, &encode::commit(50, 60, 7));
+        feed(&mut relay, &encode::begin(70, 9));
+        let second = at(&mut relay, two, &row("c", None));
+        feed(&mut relay, &encode::commit(70, 80, 9));
+        for ticket in [second, first[1]] {
+            relay.handle_settled(ticket.unwrap()).unwrap();
+        }
+        let expected =
+            [(one, 7), (two, 9)].map(|(begun, committed_at_us)| crate::Delivery { begun, committed_at_us });
+        assert_eq!((relay.take_delivery(), relay.oldest_delivery()), (None, Some(expected[0])));
+        assert_eq!(relay.longest_wait(three), Some(two));
+        relay.handle_settled(first[0].unwrap()).unwrap();
+        if relay.is_exactly_once() {
+            assert_eq!((relay.take_delivery(), relay.longest_wait(three)), (None, Some(two)));
+            relay.take_checkpoint(two).unwrap();
+            relay.handle_checkpointed();
+            assert!(relay.take_commit());
+            relay.handle_committed();
+        }
+        assert_eq!(std::iter::from_fn(|| relay.take_delivery()).collect::<Vec<_>>(), expected);
+        assert_eq!((relay.oldest_delivery(), relay.longest_wait(three)), (None, None));
+    }
+}
+
 /// As after a restored backup that has gone on.
 #[test]
 fn nothing_is_confirmed_of_a_log_that_is_not_the_one_that_was_published() {

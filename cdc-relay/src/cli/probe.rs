@@ -2,7 +2,7 @@
 
 use std::{
     io::{self, IsTerminal, Write},
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 use relay_core::{
@@ -14,6 +14,7 @@ use serde::Serialize;
 use service::{Failure, exit::Kind as Exit};
 
 use crate::{
+    clock,
     config::Settings,
     error::{Error, Kind},
     ledger::Owner,
@@ -26,8 +27,6 @@ use crate::{
     start, wait,
 };
 
-/// From the Unix epoch to Postgres' (2000-01-01).
-const POSTGRES_EPOCH: Duration = Duration::from_secs(946_684_800);
 /// How often a terminal is told how far we are.
 const TELL_INTERVAL: Duration = Duration::from_secs(1);
 /// At most so many times from commit to here are kept, of the first transactions.
@@ -266,9 +265,7 @@ fn end_of_log(settings: &Settings) -> Result<Lsn, Error> {
 
 /// Microseconds from a time of Postgres' (since 2000) until now.
 fn us_since(postgres_us: i64) -> u32 {
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH + POSTGRES_EPOCH).unwrap_or_default();
-    let now_us = i64::try_from(now.as_micros()).unwrap_or(i64::MAX);
-    u32::try_from(now_us.saturating_sub(postgres_us).max(0)).unwrap_or(u32::MAX)
+    u32::try_from(clock::us_since(postgres_us)).unwrap_or(u32::MAX)
 }
 
 /// The most memory that this process had at once, as Linux tells it.

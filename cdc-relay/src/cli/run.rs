@@ -35,7 +35,7 @@ pub(super) fn run(settings: Settings) -> Result<(), Failure> {
     let result = runtime.block_on(async {
         let listener = http::bind(&shared.settings.listen).await?;
         let mut registry = metrics::registry("cdc_relay");
-        shared.metrics.register(&mut registry);
+        shared.metrics.register(&mut registry, &shared.settings);
         let address = listener.local_addr().map_err(|e| internal("tell the address", e))?;
         tracing::info!(%address, slot = shared.settings.slot, "starting");
         let administration = dlq::api::router(Arc::clone(&shared.redrives));

@@ -98,7 +98,7 @@ impl Context {
     }
 
     fn down(&self, reason: &str) {
-        self.metrics.kafka_up.set(0);
+        self.metrics.kafka_up.set(Some(0.0));
         if !self.told_down.swap(true, Ordering::Relaxed) {
             tracing::warn!(
                 reason,
@@ -109,7 +109,7 @@ impl Context {
     }
 
     pub(super) fn up(&self) {
-        self.metrics.kafka_up.set(1);
+        self.metrics.kafka_up.set(Some(1.0));
         self.door.open();
         if self.told_down.swap(false, Ordering::Relaxed) {
             tracing::info!("Kafka can be reached again");

@@ -10,8 +10,9 @@ use relay_core::{
     relay::{Delivery, Past},
 };
 
-use super::Session;
+use super::{Session, telling::Told};
 use crate::{
+    admin::State,
     ahead::Ahead,
     diversions::Diversions,
     error::{Error, Kind},
@@ -56,7 +57,7 @@ pub(super) fn begin<'a>(
     let options = relay_options(settings, &owner, &position, partitions);
     shared.postgres_stops.store(false, Ordering::Relaxed);
     shared.metrics.sessions.inc();
-    shared.metrics.standby.set(0);
+    shared.metrics.enter(State::Connecting);
     shared.health.not_ready("starting", "reading the checkpoint from Kafka");
     let now = started.elapsed();
     Ok(Session {
@@ -78,8 +79,7 @@ pub(super) fn begin<'a>(
         ahead: Ahead::new(sizes.map_or(0, |sizes| sizes.bytes)),
         apart: memory.apart,
         acknowledged: Vec::new(),
-        ignored_before: 0,
-        passed_over_before: 0,
+        told: Told::default(),
         pace: Pace::new(),
         last_round: Duration::ZERO,
         postgres_stops_since: None,
@@ -113,7 +113,9 @@ impl Session<'_> {
         let past = Past { checkpoint, refused, parked: ledger.parked, apart: self.apart };
         self.relay.recall(past);
         self.is_admitted = true;
-        self.shared.metrics.streaming.set(1);
+        // Kafka has just told us.
+        self.shared.metrics.kafka_up.set(Some(1.0));
+        self.shared.metrics.enter(State::Streaming);
         self.shared.health.ready("streaming");
         self.shared.redrives.open(self.writer.owner.key());
         let (slot, confirmed) = (&self.shared.settings.slot, self.confirmed_at_start);

@@ -80,7 +80,6 @@ impl Session<'_> {
         let status = self.relay.final_status(self.now());
         let told = self.stream.finish(status);
         self.producer.abort();
-        self.shared.metrics.streaming.set(0);
         tracing::info!(confirmed_lsn = %status.confirmed, "stopped");
         if let Err(e) = told {
             tracing::warn!(

@@ -3,7 +3,7 @@
 use std::{
     io,
     os::fd::BorrowedFd,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 use relay_core::{Lsn, StatusUpdate};
@@ -15,12 +15,11 @@ use super::{
     wire::{Fill, Wire},
 };
 use crate::{
+    clock,
     error::{Error, Kind},
     position::{System, parse_history},
 };
 
-/// From the Unix epoch to Postgres' (2000-01-01).
-const POSTGRES_EPOCH: Duration = Duration::from_secs(946_684_800);
 /// How long the server may take to answer our goodbye.
 const GOODBYE_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -226,14 +225,12 @@ fn copy_data(body: &[u8]) -> Result<Event<'_>, Error> {
 
 /// A standby status update that asks for a reply, as a `CopyData` message.
 fn put_status(out: &mut bytes::BytesMut, status: StatusUpdate) {
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH + POSTGRES_EPOCH).unwrap_or_default();
-    let now_us = i64::try_from(now.as_micros()).unwrap_or(i64::MAX);
     out.extend_from_slice(b"d\0\0\0\x26r");
     // Written, flushed, applied: flushed is what lets the server forget.
     for lsn in [status.received, status.confirmed, status.confirmed] {
         out.extend_from_slice(&lsn.0.to_be_bytes());
     }
-    out.extend_from_slice(&now_us.to_be_bytes());
+    out.extend_from_slice(&clock::postgres_now_us().to_be_bytes());
     out.extend_from_slice(&[1]);
 }
 

@@ -22,6 +22,7 @@ mod kafka_admin;
 mod kafka_secure;
 mod load;
 mod log;
+mod metrics;
 mod network;
 mod open_transactions;
 mod pair;

@@ -110,6 +110,26 @@ impl Relay {
         body.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(' ')?.parse().ok())
     }
 
+    /// A metric of several labels, by one of them, such as `state="streaming"`.
+    pub(crate) fn labelled(&self, name: &str, label: &str) -> Option<f64> {
+        self.metrics()?.lines().find_map(|line| {
+            let (labels, value) = line.strip_prefix(name)?.strip_prefix('{')?.split_once("} ")?;
+            labels.split(',').any(|l| l == label).then(|| value.parse().ok())?
+        })
+    }
+
+    /// All metrics as text.
+    pub(crate) fn metrics(&self) -> Option<String> {
+        self.get("/metrics")
+    }
+
+    /// Status code and body of `/health/ready`.
+    pub(crate) fn readiness(&self) -> Option<(u16, String)> {
+        let agent: ureq::Agent = ureq::Agent::config_builder().http_status_as_error(false).build().into();
+        let mut answer = agent.get(format!("{}/health/ready", self.url()?)).call().ok()?;
+        Some((answer.status().as_u16(), answer.body_mut().read_to_string().ok()?))
+    }
+
     /// A counter with labels, added up.
     pub(crate) fn sum(&self, name: &str) -> Option<u64> {
         let body = self.get("/metrics")?;

@@ -1,9 +1,9 @@
-//! What is written down in Kafka, and when: checkpoints, and the transactions that they end.
+//! What is written down in Kafka, and when: checkpoints, and the transactions that they end; and what has arrived.
 
 use std::time::Duration;
 
 use super::{CHECKPOINT_INTERVAL, RENEWAL_INTERVAL, Relay};
-use crate::{Checkpoint, Lsn, transactions::Transactions};
+use crate::{Checkpoint, Delivery, Lsn, transactions::Transactions};
 
 impl Relay {
     /// The position to write down in Kafka now, if it is time. At-least-once, everything up to it is settled;
@@ -80,6 +80,8 @@ impl Relay {
         if let Some(transactions) = &mut self.transactions {
             transactions.handle_committed();
         }
+        // Nothing was handed out between its closing and now.
+        self.committed_ticket = self.progress.first_ticket();
         self.take_over_checkpoint();
         if !self.source.is_in_transaction() {
             self.progress.idle_until(self.handled);
@@ -140,5 +142,24 @@ impl Relay {
     /// written down it does not have: on a busy server there is always some of that.
     pub fn awaits_kafka(&self) -> bool {
         !self.is_settled() || self.checkpoint_in_flight.is_some()
+    }
+
+    /// The next transaction of Postgres, in commit order, that is delivered: everything that it brought is acknowledged,
+    /// and committed where it has to be. To be asked until there is none.
+    pub fn take_delivery(&mut self) -> Option<Delivery> {
+        let settled =
+            if self.is_exactly_once() { self.committed_ticket } else { self.progress.first_ticket() };
+        self.deliveries.take(settled)
+    }
+
+    /// The first transaction of Postgres that brought records and is not delivered.
+    pub fn oldest_delivery(&self) -> Option<Delivery> {
+        self.deliveries.oldest()
+    }
+
+    /// For how long the oldest record has waited to be acknowledged, and committed where it has to be.
+    pub fn longest_wait(&self, now: Duration) -> Option<Duration> {
+        let acknowledged = self.progress.oldest().map(|since| now.saturating_sub(since));
+        acknowledged.max(self.transaction_age(now))
     }
 }
