@@ -7,6 +7,7 @@ mod check;
 mod cli;
 mod clock;
 mod config;
+mod creation;
 mod diversions;
 mod dlq;
 mod error;

@@ -7,6 +7,7 @@ use relay_core::{Lsn, relay::Delivery};
 
 use crate::{
     config::Settings,
+    creation,
     error::{Error, Kind},
     foreign::{self, Foreign},
     kafka::{NewTopic, create_topics},
@@ -107,7 +108,7 @@ impl<'a> Desk<'a> {
             if let Some(checkpoint) = &self.ledger.checkpoint {
                 return Err(dropped(settings, checkpoint));
             }
-            (Made::Created, slot::make_slot(&mut self.connection, settings, settings.failover)?)
+            (Made::Created, creation::make_slot(&mut self.connection, settings, settings.failover)?)
         };
         let failover = slot::switch_failover_on(&mut self.connection, settings)?;
         let checkpoint = if self.ledger.checkpoint.is_some() {
@@ -160,7 +161,7 @@ impl<'a> Desk<'a> {
             failover |= old.is_some_and(|slot| slot.is_failover);
             self.connection.query("SELECT pg_drop_replication_slot($1)", &[&self.settings.slot])?;
         }
-        slot::make_slot(&mut self.connection, self.settings, failover)
+        creation::make_slot(&mut self.connection, self.settings, failover)
     }
 
     /// The end of the log.

@@ -177,26 +177,6 @@ pub(crate) fn find_slot(connection: &mut Connection, settings: &Settings) -> Res
     slot.confirmed.ok_or_else(in_the_making).map(Some)
 }
 
-/// Makes the slot, to be synchronised to standbys if `failover`; its confirmed LSN. The server waits for every
-/// transaction that is open, for as long as they take.
-pub(crate) fn make_slot(
-    connection: &mut Connection,
-    settings: &Settings,
-    failover: bool,
-) -> Result<Lsn, Error> {
-    let create = if failover {
-        check_failover_version(connection)?;
-        // Not temporary, not for prepared transactions.
-        "SELECT lsn FROM pg_create_logical_replication_slot($1, 'pgoutput', false, false, true)"
-    } else {
-        "SELECT lsn FROM pg_create_logical_replication_slot($1, 'pgoutput')"
-    };
-    connection.set_answer_timeout(CREATE_SLOT_TIMEOUT)?;
-    connection.query(create, &[&settings.slot])?;
-    let missing = || Error::new(Kind::Internal, "the slot that was made is not there");
-    find_slot(connection, settings)?.ok_or_else(missing)
-}
-
 /// The first version that synchronises slots to standbys.
 pub(crate) const FAILOVER_MAJOR: u32 = 17;
 
@@ -268,8 +248,6 @@ pub(crate) fn switch_failover_on(
 pub(crate) fn alter_failover(slot: &str) -> String {
     format!("ALTER_REPLICATION_SLOT {} (FAILOVER true)", quote_identifier(slot))
 }
-
-const CREATE_SLOT_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(600);
 
 #[cfg(test)]
 mod tests {

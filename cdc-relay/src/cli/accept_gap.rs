@@ -93,6 +93,7 @@ struct Found {
 
 /// Says what would be given up, and with `--yes` gives it up.
 pub(super) fn accept_gap(settings: &Settings, command: &AcceptGap) -> Result<(), Failure> {
+    service::logs::init(&settings.log)?;
     let desk = if command.yes { Desk::open_to_accept(settings) } else { Desk::open(settings) };
     let mut desk = desk.map_err(Error::into_failure)?;
     let found = look(&mut desk, command).map_err(Error::into_failure)?;

@@ -13,6 +13,7 @@ use crate::{
 /// Makes the publication, the slot, the relay's own topics and the first checkpoint where they are missing, and says
 /// which it did.
 pub(super) fn init(settings: &Settings) -> Result<(), Failure> {
+    service::logs::init(&settings.log)?;
     let desk = Desk::open(settings).map_err(Error::into_failure)?;
     let topics = desk.topics.clone();
     let Report { publication, slot, confirmed, failover, checkpoint } =

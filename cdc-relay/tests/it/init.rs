@@ -1,7 +1,14 @@
 //! `cdc-relay init`, and what `run` says where it was not run.
 
+use std::{
+    io::{BufRead as _, BufReader},
+    process::Stdio,
+};
+
+use sqlx::{Connection as _, Executor as _, PgConnection};
+
 use crate::{
-    database::Database,
+    database::{Database, eventually},
     pair::major_version,
     relay::{Relay, command, init},
 };
@@ -55,6 +62,32 @@ fn without_slot_publication_or_permission_run_stops_with_the_remedy() {
     database.run(&format!("SELECT pg_drop_replication_slot('{slot}')"));
     database.run(&format!("SELECT pg_create_logical_replication_slot('{slot}', 'test_decoding')"));
     ends(&database, 65, "test_decoding");
+}
+
+#[test]
+fn init_says_whose_transactions_the_slot_waits_for() {
+    let mut database = Database::new();
+    let mut open = database.runtime.block_on(PgConnection::connect_with(&database.options)).unwrap();
+    database.runtime.block_on(open.execute("BEGIN; CREATE TABLE held (id int)")).unwrap();
+    let asked = sqlx::query_scalar::<_, i32>("SELECT pg_backend_pid()").fetch_one(&mut open);
+    let pid = database.runtime.block_on(asked).unwrap();
+    let mut init = command(&database).arg("init").stderr(Stdio::piped()).spawn().unwrap();
+    let mut said = BufReader::new(init.stderr.take().unwrap()).lines();
+    let line = said.find_map(|line| line.ok().filter(|line| line.contains("the slot waits for"))).unwrap();
+    assert!(line.contains(&format!("SELECT pg_terminate_backend({pid})")), "{line}");
+    // It does not go on when init is gone.
+    init.kill().unwrap();
+    init.wait().unwrap();
+    let slot = database.slot.clone();
+    let slots = format!("SELECT count(*) FROM pg_replication_slots WHERE slot_name = '{slot}'");
+    eventually("the server has given the slot up", || (database.number(&slots) == 0).then_some(()));
+    // And goes on when they end.
+    let mut init = command(&database).arg("init").stderr(Stdio::piped()).spawn().unwrap();
+    let mut said = BufReader::new(init.stderr.take().unwrap()).lines();
+    said.find_map(|line| line.ok().filter(|line| line.contains("the slot waits for"))).unwrap();
+    database.runtime.block_on(open.execute("ROLLBACK")).unwrap();
+    assert!(init.wait().unwrap().success());
+    assert_eq!(database.number(&slots), 1);
 }
 
 #[test]

@@ -1,6 +1,12 @@
 //! Carrying faults out: each breaks something, waits, and mends it again.
 
-use std::{fs, os::unix::process::ExitStatusExt, process::ExitStatus, sync::Arc, time::Duration};
+use std::{
+    fs,
+    os::unix::process::ExitStatusExt,
+    process::ExitStatus,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use rustix::process::Signal;
 use sqlx::{Connection, PgConnection};
@@ -26,6 +32,9 @@ const TERM_CODES: [i32; 2] = [0, 75];
 const IMMEDIATE_LIMIT: Duration = Duration::from_secs(20);
 /// How long each delay is on.
 const DELAY_LASTS: Duration = Duration::from_secs(3);
+/// How long the brokers may take to elect a controller, on a busy machine, and how often they are looked at.
+const ELECTION_LIMIT: Duration = Duration::from_secs(60);
+const ELECTION_INTERVAL: Duration = Duration::from_millis(200);
 /// How long one question to a server may take.
 const ASK_LIMIT: Duration = Duration::from_secs(2);
 
@@ -169,8 +178,8 @@ fn consumer(stage: &Stage, choice: u32) -> Result<&Arc<Actor>> {
 async fn strike_broker(stage: &Stage, planned: Planned) -> Result<String> {
     let _turn = stage.brokers.lock().await;
     let broker = match planned.fault {
-        Fault::ControllerKill => controller(stage)?,
-        _ => broker(stage, planned.pick)?,
+        Fault::ControllerKill => controller(stage).await?,
+        _ => broker(stage, planned.pick).await?,
     };
     let hit = match planned.fault {
         Fault::BrokerPause => pause(stage, broker, planned).await?,
@@ -183,8 +192,8 @@ async fn strike_broker(stage: &Stage, planned: Planned) -> Result<String> {
 }
 
 /// A broker that is not the active controller.
-fn broker(stage: &Stage, choice: u32) -> Result<&Arc<Actor>> {
-    let controller = controller(stage)?;
+async fn broker(stage: &Stage, choice: u32) -> Result<&Arc<Actor>> {
+    let controller = controller(stage).await?;
     let others: Vec<_> = stage
         .instances("kafka")
         .into_iter()
@@ -193,8 +202,20 @@ fn broker(stage: &Stage, choice: u32) -> Result<&Arc<Actor>> {
     pick(&others, choice)
 }
 
-/// The broker that leads the quorum, from what each has written down about its last election.
-fn controller(stage: &Stage) -> Result<&Arc<Actor>> {
+/// The broker that leads the quorum, once there is one: while one is elected nobody leads.
+async fn controller(stage: &Stage) -> Result<&Arc<Actor>> {
+    let until = Instant::now() + ELECTION_LIMIT;
+    loop {
+        match leader(stage) {
+            Err(e) if Instant::now() >= until => return Err(e),
+            Err(_) => tokio::time::sleep(ELECTION_INTERVAL).await,
+            found => return found,
+        }
+    }
+}
+
+/// From what each broker has written down about its last election.
+fn leader(stage: &Stage) -> Result<&Arc<Actor>> {
     let brokers = stage.instances("kafka");
     let election = |broker: &&Arc<Actor>| {
         let path = broker.spec.cwd.join("log/__cluster_metadata-0/quorum-state");
