@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-pub(crate) use crate::bench::Workload;
+pub(crate) use crate::{bench::Workload, chaos::Fault};
 
 #[derive(Debug, Parser)]
 #[command(
@@ -65,9 +65,16 @@ pub(crate) struct Chaos {
     /// Begin no further round after so many minutes
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=10_000))]
     pub minutes: Option<u64>,
-    /// What the relay promises, and is held to
+    /// What the relay promises, and is held to. The relays' other settings are those of their environment variables,
+    /// `CDC_RELAY_…`
     #[arg(long, value_enum, default_value = "at-least-once")]
     pub delivery: Delivery,
+    /// Only these faults, with commas; each as often in proportion to the others as among all
+    #[arg(long, value_enum, value_name = "FAULT", value_delimiter = ',')]
+    pub only: Vec<Fault>,
+    /// Another build of cdc-relay in place of this repository's, held to the same
+    #[arg(long, value_name = "FILE")]
+    pub relay: Option<PathBuf>,
     /// The version of Postgres
     #[arg(long, value_enum, default_value = "18", env = POSTGRES)]
     pub postgres: Postgres,
@@ -509,6 +516,16 @@ mod tests {
         for bad in ["listeners", "=1", "+=1", "a b=1", "a=1\nb=2"] {
             assert!(up(&["--kafka-set", bad]).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn a_campaign_has_only_faults_that_there_are() {
+        let parse = |only: &str| match Cli::try_parse_from(["xtask", "chaos", "--only", only]) {
+            Ok(Cli { command: Command::Chaos(chaos) }) => Ok(chaos.only),
+            other => Err(other.unwrap_err().to_string()),
+        };
+        assert_eq!(parse("kafka-cut,relay-kill"), Ok(vec![Fault::KafkaCut, Fault::RelayKill]));
+        assert!(parse("relay").unwrap_err().contains("relay-kill, relay-pause"));
     }
 
     #[test]

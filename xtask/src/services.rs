@@ -204,8 +204,9 @@ fn relay_env(ports: &Ports, service: &str) -> Vec<(&'static str, String)> {
 /// consumers' tables, then each relay's slot. Nothing happens when they are there.
 pub(crate) async fn init(layout: &Layout, ports: &Ports) -> Result<()> {
     migrate(layout, ports).await?;
+    let program = binary("cdc-relay")?;
     for relay in ["cdc-relay", "consumers-relay"] {
-        relay_once(layout, ports, relay, &["init"], Vec::new()).await?;
+        relay_once(layout, ports, relay, &program, &["init"], Vec::new()).await?;
     }
     Ok(())
 }
@@ -213,35 +214,36 @@ pub(crate) async fn init(layout: &Layout, ports: &Ports) -> Result<()> {
 /// Makes the consumers' tables.
 pub(crate) async fn migrate(layout: &Layout, ports: &Ports) -> Result<()> {
     let env = vec![("CONSUMER_POSTGRES__URL", consumers(ports))];
-    once(layout, "consumers-migrate", "consumer", &["migrate"], env).await
+    once(layout, "consumers-migrate", &binary("consumer")?, &["migrate"], env).await
 }
 
-/// Runs a command of a relay's to its end, with further configuration.
+/// Runs a command of a relay's to its end, with further configuration; `program` is its binary.
 pub(crate) async fn relay_once(
     layout: &Layout,
     ports: &Ports,
     relay: &str,
+    program: &Path,
     args: &[&str],
     further: Vec<(&'static str, String)>,
 ) -> Result<()> {
     let name = format!("{relay}-{}", args.first().unwrap_or(&"run"));
     let mut env = relay_env(ports, relay);
     env.extend(further);
-    once(layout, &name, "cdc-relay", args, env).await
+    once(layout, &name, program, args, env).await
 }
 
-/// Runs a command of a package to its end.
+/// Runs a program to its end.
 pub(crate) async fn once(
     layout: &Layout,
     name: &str,
-    package: &str,
+    program: &Path,
     args: &[&str],
     env: Vec<(&'static str, String)>,
 ) -> Result<()> {
     let path = layout.log(name);
     let log = open_log(&path)?;
     let errors = log.try_clone().explain(|| format!("write {}", path.display()))?;
-    let status = tokio::process::Command::new(binary(package)?)
+    let status = tokio::process::Command::new(program)
         .args(args)
         .envs(env)
         .current_dir(&layout.dir)
@@ -251,10 +253,11 @@ pub(crate) async fn once(
         .kill_on_drop(true)
         .status()
         .await
-        .explain(|| format!("start {package} {}", args.join(" ")))?;
+        .explain(|| format!("start {} {}", program.display(), args.join(" ")))?;
     if status.success() {
         return Ok(());
     }
-    let why = format!("{package} {} failed: {}", args.join(" "), ending::describe(status));
+    let why =
+        format!("{name} ({} {}) failed: {}", program.display(), args.join(" "), ending::describe(status));
     Err(logs::with_tail(Failure::new(why), &path))
 }

@@ -124,6 +124,14 @@ fn identity_of(message: &BorrowedMessage<'_>) -> Option<Identity> {
     Some(Identity { commit_lsn: text("lsn")?.parse().ok()?, seq: text("seq")?.parse().ok()? })
 }
 
+/// The topic that librdkafka's line says Kafka does not allow us to write to in a transaction. The others of the same
+/// request have a line, too: they were not attempted.
+fn not_allowed(line: &str) -> Option<&str> {
+    let (_, rest) = line.split_once("Failed to add partition \"")?;
+    let (topic, why) = rest.split_once('"')?;
+    why.ends_with("Topic authorization failed").then_some(topic)
+}
+
 impl ClientContext for Context {
     fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
         // What matters comes by `error`, by delivery reports and by the door; librdkafka's own lines are for
@@ -132,8 +140,7 @@ impl ClientContext for Context {
         self.door.log(facility, message);
         // Which topic it is about is told nowhere else, and comes before its records are given up.
         if facility == "ADDPARTS"
-            && let Some((_, rest)) = message.split_once("Failed to add partition \"")
-            && let Some((topic, _)) = rest.split_once('"')
+            && let Some(topic) = not_allowed(message)
         {
             self.reports().not_added.get_or_insert(NotAdded { topic: topic.to_owned(), first: None });
         }
@@ -190,5 +197,29 @@ impl ProducerContext for Context {
                 self.fail(code, Some(message));
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_a_request_with_several_topics_only_the_one_that_is_not_allowed_is_blamed() {
+        let line = |topic: &str, why: &str| {
+            format!(
+                "[thrd:b1]: localhost:9092/1: Failed to add partition \"{topic}\" [0] to transaction: Broker: {why}"
+            )
+        };
+        let skipped = line("cdc-relay-checkpoints", "Operation not attempted");
+        assert_eq!(not_allowed(&skipped), None);
+        assert_eq!(
+            not_allowed(&line("outbox.event.order", "Topic authorization failed")),
+            Some("outbox.event.order")
+        );
+        assert_eq!(
+            not_allowed("Failed to add partitions to transaction: Broker: Topic authorization failed"),
+            None
+        );
     }
 }

@@ -104,7 +104,7 @@ impl Session<'_> {
         };
         let mut checkpoint = position::resume(&ledger, position, &self.shared.settings)?;
         if self.relay.is_exactly_once() && faults::has(Fault::ResumeBehind) {
-            checkpoint = Lsn(checkpoint.lsn.0 + 1).into();
+            (checkpoint.lsn, checkpoint.last) = (Lsn(checkpoint.lsn.0 + 1), None);
         }
         // One that goes back supersedes what is beyond it.
         let goes_back = ledger.checkpoint.as_ref().is_some_and(|entry| checkpoint.lsn < entry.lsn);

@@ -36,9 +36,9 @@ impl Topic {
     }
 
     /// One partition on these brokers, the first of which leads it.
-    pub(crate) fn replicated(servers: &Servers, replicas: &[i32], configuration: &[(&str, &str)]) -> Self {
+    pub(crate) fn replicated(servers: &Servers, replicas: &[i32]) -> Self {
         let topic = Self { brokers: servers.kafka.clone(), replicas: replicas.to_vec(), ..Self::missing(1) };
-        topic.create(configuration);
+        topic.create(&[]);
         topic
     }
 

@@ -27,7 +27,7 @@ fn nothing_is_wrong(summary: &Value) {
     assert!(summary["by_fault"].as_object().unwrap().len() >= 18, "{summary}");
     assert!(summary["committed"].as_u64().unwrap() > 1000, "the load wrote next to nothing: {summary}");
     for violation in
-        ["missing", "out_of_order_in_key", "out_of_commit_order", "foreign", "wrong", "tables_wrong"]
+        ["missing", "late", "out_of_order_in_key", "out_of_commit_order", "foreign", "wrong", "tables_wrong"]
     {
         assert_eq!(summary[violation], 0, "{summary}");
     }

@@ -13,4 +13,5 @@ mod messages;
 mod outage;
 mod requests;
 mod stack;
+mod teeth;
 mod views;

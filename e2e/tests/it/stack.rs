@@ -47,12 +47,17 @@ pub(crate) fn repository() -> &'static Path {
 
 /// The project's own command, as `cargo xtask` would run it.
 pub(crate) fn xtask() -> Command {
-    // This test's binary is target/release/deps/…, and what it starts is two folders up.
-    let binary = std::env::current_exe().unwrap().parent().unwrap().parent().unwrap().join("xtask");
-    assert!(binary.exists(), "{} is missing: run the tests by `cargo xtask test`", binary.display());
-    let mut command = Command::new(binary);
+    let mut command = Command::new(program("xtask"));
     command.current_dir(repository());
     command
+}
+
+/// A program of this build.
+pub(crate) fn program(name: &str) -> PathBuf {
+    // This test's binary is target/release/deps/…, and what it starts is two folders up.
+    let binary = std::env::current_exe().unwrap().parent().unwrap().parent().unwrap().join(name);
+    assert!(binary.exists(), "{} is missing: run the tests by `cargo xtask test`", binary.display());
+    binary
 }
 
 impl Stack {

@@ -37,6 +37,10 @@ const SLOT_LIMIT: Duration = Duration::from_secs(60);
 const PAGE_LINES: i32 = 5_000;
 /// How long nothing must have been added when all is there: what follows then would be a repetition.
 const SETTLE: Duration = Duration::from_secs(1);
+/// Likewise when all is confirmed, and not all is there: a broker may still be about to show what was committed.
+const CONFIRMED_SETTLE: Duration = Duration::from_secs(10);
+/// How long the tables may take where something is lost or out of order: then they need not come to what is expected.
+const WRONGED_LIMIT: Duration = Duration::from_secs(10);
 /// How long it waits before it looks again.
 const LOOK_INTERVAL: Duration = Duration::from_millis(300);
 
@@ -47,6 +51,8 @@ pub(crate) struct Checker {
     slot: String,
     /// The end of the last transaction that was taken from the slot.
     taken: Lsn,
+    /// How far whoever else has a slot of this database has confirmed: nobody will send that again. None: there is no slot.
+    confirmed: Option<Lsn>,
     books: Arc<Mutex<Books>>,
 }
 
@@ -102,7 +108,13 @@ impl Checker {
             unreadable: Vec::new(),
         };
         let taken = made.parse().explain(what)?;
-        Ok(Self { targets: targets.clone(), slot, taken, books: Arc::new(Mutex::new(books)) })
+        Ok(Self {
+            targets: targets.clone(),
+            slot,
+            taken,
+            confirmed: None,
+            books: Arc::new(Mutex::new(books)),
+        })
     }
 
     /// Takes what was committed since, and lets the slot go on. After an error it may be called again: nothing is taken
@@ -165,36 +177,23 @@ impl Checker {
     }
 
     /// Waits until everything committed is published and has arrived in the consumers' tables, or the deadline has passed,
-    /// and says what there is since the last verdict: no row, record or violation is told of twice, but for what is wrong
-    /// with the tables. To be called when nothing is written any more.
+    /// or the relay calls done what is not, and says what there is since the last verdict: no row, record or violation is
+    /// told of twice, but for what is wrong with the tables. To be called when nothing is written any more.
     ///
     /// # Errors
     /// A server could not be asked until the deadline, so that nothing can be said.
     pub(crate) async fn verdict(&mut self, deadline: Instant) -> Result<Verdict> {
-        let mut settled: Option<Counts> = None;
-        loop {
-            let looked = self.look().await;
-            match &looked {
-                Ok((counts, true)) if settled == Some(*counts) => break,
-                Ok((counts, true)) if Instant::now() < deadline => {
-                    settled = Some(*counts);
-                    tokio::time::sleep(SETTLE).await;
-                    continue;
-                }
-                _ => settled = None,
-            }
-            if Instant::now() >= deadline {
-                looked?;
-                break;
-            }
-            tokio::time::sleep(LOOK_INTERVAL).await;
-        }
+        self.settled(deadline).await?;
         let books = &mut *self.books.lock().await;
-        let mut verdict = books.comparison.verdict(&books.reader.partitions());
+        let mut verdict = books.comparison.verdict(&books.reader.partitions(), self.confirmed);
         for record in books.unreadable.drain(..) {
             verdict.add(Kind::Table, || record);
         }
         let url = &self.targets.consumers_url;
+        let deadline = match verdict.violations(false) {
+            0 => deadline,
+            _ => deadline.min(Instant::now() + WRONGED_LIMIT),
+        };
         loop {
             let passed = Instant::now() >= deadline;
             match tables::caught_up(url, &books.fold).await {
@@ -207,12 +206,47 @@ impl Checker {
         Ok(verdict)
     }
 
-    /// Takes what there is, and tells whether every row has a record.
-    async fn look(&mut self) -> Result<(Counts, bool)> {
+    /// Returns when nothing more is to come, or the deadline has passed.
+    async fn settled(&mut self, deadline: Instant) -> Result<()> {
+        let (mut before, mut since) = (None, Instant::now());
+        loop {
+            let looked = self.look().await;
+            let passed = Instant::now() >= deadline;
+            if passed {
+                return looked.map(drop);
+            }
+            let now = looked.ok();
+            if before != now {
+                (before, since) = (now, Instant::now());
+            }
+            if now.and_then(|(_, settle)| settle).is_some_and(|settle| since.elapsed() >= settle) {
+                return Ok(());
+            }
+            tokio::time::sleep(LOOK_INTERVAL).await;
+        }
+    }
+
+    /// Takes what there is, and tells for how long it must stay as it is, if nothing more need come.
+    async fn look(&mut self) -> Result<(Counts, Option<Duration>)> {
         self.collect().await?;
+        self.confirmed = self.ask_confirmed().await?;
         let counts = self.read().await?;
         // What was read was committed before, but what is committed now need not be read yet.
-        Ok((counts, self.books.lock().await.comparison.complete()))
+        let complete = self.books.lock().await.comparison.complete();
+        let confirmed = self.confirmed.is_some_and(|confirmed| confirmed >= self.taken);
+        Ok((counts, if complete { Some(SETTLE) } else { confirmed.then_some(CONFIRMED_SETTLE) }))
+    }
+
+    async fn ask_confirmed(&self) -> Result<Option<Lsn>> {
+        let mut connection = connection::open(&self.targets.postgres_url).await?;
+        let ask = sqlx::query_scalar::<_, Option<String>>(
+            "SELECT min(confirmed_flush_lsn)::text FROM pg_replication_slots \
+             WHERE database = current_database() AND slot_name <> $1",
+        );
+        let what = || "look at the relay's slot".to_owned();
+        let ask = ask.bind(&self.slot).fetch_one(&mut connection);
+        let lsn = connection::within(SLOT_LIMIT, ask).await.explain(what)?;
+        lsn.map(|lsn| lsn.parse()).transpose().explain(what)
     }
 
     /// Drops the slot, which would hold the log of servers that are used again.

@@ -8,7 +8,10 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::{plan::Planned, verdict::Verdict};
+use super::{
+    plan::{Deck, Planned},
+    verdict::Verdict,
+};
 use crate::{
     cli::Delivery,
     failure::{Explain, Failure, Result},
@@ -38,6 +41,14 @@ pub(super) struct Round {
     pub(super) notes: Vec<String>,
 }
 
+impl Round {
+    /// Whether it had the faults that the seed makes of the deck.
+    fn is_planned(&self, seed: u64, deck: &Deck) -> bool {
+        let planned = deck.round(seed, self.number, self.faults.len());
+        self.faults.iter().all(|struck| planned.contains(&struck.planned))
+    }
+}
+
 /// The file of one campaign, and the rounds in it.
 #[derive(Debug)]
 pub(super) struct Journal {
@@ -48,7 +59,16 @@ pub(super) struct Journal {
 
 impl Journal {
     /// Opens the campaign's file in `folder`; with `anew` what was in it is put aside (as `.1`).
-    pub(super) fn open(folder: &Path, delivery: Delivery, seed: u64, anew: bool) -> Result<Self> {
+    ///
+    /// # Errors
+    /// What ran is not what this seed makes of this deck: it was another campaign.
+    pub(super) fn open(
+        folder: &Path,
+        delivery: Delivery,
+        seed: u64,
+        deck: &Deck,
+        anew: bool,
+    ) -> Result<Self> {
         let path = folder.join(format!("campaign-{}-{seed}.jsonl", delivery.name()));
         if anew && path.exists() {
             let aside = path.with_extension("jsonl.1");
@@ -61,6 +81,12 @@ impl Journal {
             (rounds, whole) = read(&text).map_err(|failure| {
                 failure.hint(format!("{} is not of this version: remove it", path.display()))
             })?;
+        }
+        if let Some(round) = rounds.iter().find(|round| !round.is_planned(seed, deck)) {
+            let what = format!("{} has other faults in round {}", path.display(), round.number + 1);
+            return Err(Failure::new(what).hint(
+                "give --only as that campaign had it, or another --seed; --replay puts the file aside",
+            ));
         }
         let file = OpenOptions::new().create(true).append(true).open(&path);
         let file = file.explain(|| format!("write {}", path.display()))?;
@@ -110,10 +136,10 @@ fn read(text: &str) -> Result<(Vec<Round>, u64)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::chaos::plan;
+    use crate::chaos::plan::{self, Fault};
 
     fn round(number: u64) -> Round {
-        let planned = plan::round(1, number, plan::ROUND);
+        let planned = Deck::of(&[]).round(7, number, plan::ROUND);
         let faults = planned.into_iter().map(|planned| Struck { planned, hit: "it".to_owned() }).collect();
         Round {
             number,
@@ -129,7 +155,9 @@ mod tests {
     fn a_campaign_goes_on_behind_its_last_whole_round() {
         let folder = std::env::temp_dir().join(format!("xtask-journal-{}", std::process::id()));
         fs::create_dir_all(&folder).unwrap();
-        let open = |anew| Journal::open(&folder, Delivery::AtLeastOnce, 7, anew).unwrap();
+        let of =
+            |only: &[Fault], anew| Journal::open(&folder, Delivery::AtLeastOnce, 7, &Deck::of(only), anew);
+        let open = |anew| of(&[], anew).unwrap();
         let mut journal = open(false);
         journal.add(round(0)).unwrap();
         journal.add(round(1)).unwrap();
@@ -139,6 +167,9 @@ mod tests {
         assert_eq!(journal.rounds, [round(0), round(1)]);
         assert_eq!((journal.faults(), journal.violations()), (12, 2));
         journal.add(round(2)).unwrap();
+        assert_eq!(open(false).rounds.len(), 3);
+        let others = of(&[Fault::RelayKill], false).unwrap_err();
+        assert!(others.to_string().contains("other faults in round 1"), "{others}");
         assert_eq!(open(false).rounds.len(), 3);
         assert!(open(true).rounds.is_empty());
         fs::remove_dir_all(&folder).unwrap();

@@ -21,7 +21,7 @@ mod table;
 mod targets;
 mod verdict;
 
-use std::{sync::Arc, time::Duration};
+use std::{fs, path::PathBuf, sync::Arc, time::Duration};
 
 use tokio::{
     sync::Mutex,
@@ -29,12 +29,13 @@ use tokio::{
     time::{Instant, sleep, sleep_until},
 };
 
+pub(crate) use self::plan::Fault;
 use self::{
     checker::Checker,
     journal::{Journal, Round, Struck},
     load::Load,
-    plan::{Fault, Planned},
-    stage::Stage,
+    plan::{Deck, Planned},
+    stage::{Relays, Stage},
     table::Summary,
     verdict::Verdict,
 };
@@ -58,16 +59,22 @@ const ARRIVE_LIMIT: Duration = Duration::from_secs(120);
 
 /// Runs a campaign, or goes on with one.
 pub(crate) async fn chaos(args: &cli::Chaos) -> Result<()> {
+    if let Some(relay) = args.relay.as_ref().filter(|path| !path.is_file()) {
+        return Err(Failure::new(format!("there is no {}", relay.display())));
+    }
     let home = Layout::open(None)?;
     let dir = args.dir.clone().unwrap_or_else(|| home.dir.join("chaos"));
     let layout = Layout::open(Some(&dir))?;
     let progress = Progress::new(None);
     let _lock = state::lock(&layout)?.ok_or_else(|| supervise::already(&layout))?;
+    // One that was just ending has taken its folders away.
+    let layout = Layout::open(Some(&dir))?;
     let mut interrupts = Interrupts::new()?;
     down::clear(&layout, &progress).await;
     prerequisites::disk(&layout.dir)?;
     let seed = args.replay.or(args.seed).map_or_else(new_seed, Ok)?;
-    let mut journal = Journal::open(&layout.dir, args.delivery, seed, args.replay.is_some())?;
+    let deck = Deck::of(&args.only);
+    let mut journal = Journal::open(&layout.dir, args.delivery, seed, &deck, args.replay.is_some())?;
     let kills = args.kills.and_then(|kills| usize::try_from(kills).ok());
     let wanted = kills.or_else(|| args.minutes.is_none().then_some(FAULTS));
     if wanted.is_none_or(|wanted| journal.faults() < wanted) {
@@ -83,8 +90,10 @@ pub(crate) async fn chaos(args: &cli::Chaos) -> Result<()> {
         supervise::wipe(&layout)?;
         let result = tokio::select! {
             result = play(args, seed, wanted, &layout, &progress, &mut journal) => result,
-            () = interrupts.next() => Err(Failure::new("interrupted")
-                .hint(format!("the round under way does not count; `--seed {seed}` with the same --delivery goes on"))),
+            () = interrupts.next() => Err(Failure::new("interrupted").hint(format!(
+                "the round under way does not count; to go on: cargo xtask chaos --seed {seed} {}",
+                options(args)
+            ))),
         };
         down::clear(&layout, &progress).await;
         stage::sweep(&layout);
@@ -103,7 +112,9 @@ async fn play(
     journal: &mut Journal,
 ) -> Result<()> {
     let until = args.minutes.map(|minutes| Instant::now() + Duration::from_secs(60 * minutes));
-    let stage = Stage::start(layout, args.postgres, args.delivery, progress).await?;
+    let deck = Deck::of(&args.only);
+    let relays = Relays { program: relay(args)?, delivery: args.delivery };
+    let stage = Stage::start(layout, args.postgres, relays, progress).await?;
     let checker = Mutex::new(Checker::create(&stage.targets).await?);
     while until.is_none_or(|until| Instant::now() < until) {
         let left = wanted.map_or(plan::ROUND, |wanted| wanted.saturating_sub(journal.faults()));
@@ -111,7 +122,7 @@ async fn play(
             break;
         }
         let number = journal.rounds.len() as u64;
-        let planned = plan::round(seed, number, left);
+        let planned = deck.round(seed, number, left);
         let step = progress.step(format!("round {}", number + 1));
         let stage = stage.clone();
         let round = tokio::select! {
@@ -198,6 +209,27 @@ fn found(verdict: &Verdict, delivery: Delivery) -> Option<String> {
     (count > 0).then(|| format!("{verdict:?}"))
 }
 
+/// The binary of the relays. They are started in another folder.
+fn relay(args: &cli::Chaos) -> Result<PathBuf> {
+    let Some(path) = &args.relay else { return services::binary("cdc-relay") };
+    fs::canonicalize(path).explain(|| format!("find {}", path.display()))
+}
+
+/// What the same campaign is called with, beside its seed and its size.
+fn options(args: &cli::Chaos) -> String {
+    let mut options = vec![format!("--delivery {}", args.delivery.name())];
+    if !args.only.is_empty() {
+        let names: Vec<String> = args.only.iter().map(|fault| fault.name()).collect();
+        options.push(format!("--only {}", names.join(",")));
+    }
+    if args.postgres != cli::Postgres::V18 {
+        options.push(format!("--postgres {}", args.postgres.name()));
+    }
+    options.extend(args.relay.iter().map(|path| format!("--relay {}", path.display())));
+    options.extend(args.dir.iter().map(|path| format!("--dir {}", path.display())));
+    options.join(" ")
+}
+
 fn new_seed() -> Result<u64> {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     now.map(|now| now.as_secs()).explain(|| "read the clock".to_owned())
@@ -215,9 +247,9 @@ fn finish(args: &cli::Chaos, seed: u64, journal: &Journal) -> Result<()> {
     match journal.violations() {
         0 => Ok(()),
         count => Err(Failure::new(format!("{count} violations with seed {seed}")).hint(format!(
-            "the same faults again: cargo xtask chaos --replay {seed} --kills {} --delivery {}",
+            "the same faults again: cargo xtask chaos --replay {seed} --kills {} {}",
             journal.faults(),
-            args.delivery.name()
+            options(args)
         ))),
     }
 }

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 /// How long after the beginning of its round a fault begins at the latest.
@@ -9,10 +10,10 @@ const WINDOW_MS: u64 = 12_000;
 /// How many faults one round has.
 pub(super) const ROUND: usize = 6;
 
-/// What can happen, by the name it has in the table.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+/// What can happen, by the name it has in the table and on the command line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
-pub(super) enum Fault {
+pub(crate) enum Fault {
     RelayKill,
     RelayPause,
     RelayTerm,
@@ -34,6 +35,7 @@ pub(super) enum Fault {
 }
 
 /// A fault, how often it is in a deck, and how long what it broke stays broken (a delay: how long each piece waits).
+#[derive(Debug)]
 struct Card {
     fault: Fault,
     copies: usize,
@@ -102,37 +104,49 @@ impl Planned {
     }
 }
 
-/// The faults of round `number` (from 0), by the moments at which they begin; the same for the same seed. At most
-/// `count`.
-pub(super) fn round(seed: u64, number: u64, count: usize) -> Vec<Planned> {
-    let mut dice = Dice(seed ^ number.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
-    let first = number * ROUND as u64;
-    let mut faults: Vec<Planned> = (first..first + count.min(ROUND) as u64)
-        .map(|place| {
-            let card = drawn(seed, place);
-            Planned {
-                fault: card.fault,
-                after_ms: dice.below(WINDOW_MS),
-                lasts_ms: card.from_ms + dice.below(card.to_ms - card.from_ms + 1),
-                pick: u32::try_from(dice.below(1 << 32)).unwrap_or_default(),
-            }
-        })
-        .collect();
-    faults.sort_by_key(|planned| (planned.fault == Fault::SlotQuota, planned.after_ms));
-    faults
-}
+/// The cards that a campaign is played with.
+#[derive(Debug)]
+pub(super) struct Deck(Vec<&'static Card>);
 
-/// The card at a place of the campaign. Decks follow each other; in each, every fault comes once before any comes again.
-fn drawn(seed: u64, place: u64) -> &'static Card {
-    let size = CARDS.iter().map(|card| card.copies).sum::<usize>() as u64;
-    let mut dice = Dice(seed.wrapping_add((place / size).wrapping_mul(0xd1b5_4a32_d192_ed03)));
-    let mut once: Vec<&Card> = CARDS.iter().collect();
-    let mut again: Vec<&Card> =
-        CARDS.iter().flat_map(|card| std::iter::repeat_n(card, card.copies - 1)).collect();
-    dice.shuffle(&mut once);
-    dice.shuffle(&mut again);
-    once.append(&mut again);
-    once[usize::try_from(place % size).unwrap_or_default()]
+impl Deck {
+    /// Those of the faults that are named, or all if none is.
+    pub(super) fn of(only: &[Fault]) -> Self {
+        Self(CARDS.iter().filter(|card| only.is_empty() || only.contains(&card.fault)).collect())
+    }
+
+    /// The faults of round `number` (from 0), by the moments at which they begin; the same for the same seed. At most
+    /// `count`.
+    pub(super) fn round(&self, seed: u64, number: u64, count: usize) -> Vec<Planned> {
+        let mut dice = Dice(seed ^ number.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        let first = number * ROUND as u64;
+        let mut faults: Vec<Planned> = (first..first + count.min(ROUND) as u64)
+            .map(|place| {
+                let card = self.drawn(seed, place);
+                Planned {
+                    fault: card.fault,
+                    after_ms: dice.below(WINDOW_MS),
+                    lasts_ms: card.from_ms + dice.below(card.to_ms - card.from_ms + 1),
+                    pick: u32::try_from(dice.below(1 << 32)).unwrap_or_default(),
+                }
+            })
+            .collect();
+        faults.sort_by_key(|planned| (planned.fault == Fault::SlotQuota, planned.after_ms));
+        faults
+    }
+
+    /// The card at a place of the campaign. The deck is shuffled and played again and again; each time, every fault
+    /// comes once before any comes again.
+    fn drawn(&self, seed: u64, place: u64) -> &'static Card {
+        let size = self.0.iter().map(|card| card.copies).sum::<usize>() as u64;
+        let mut dice = Dice(seed.wrapping_add((place / size).wrapping_mul(0xd1b5_4a32_d192_ed03)));
+        let mut once = self.0.clone();
+        let mut again: Vec<&Card> =
+            self.0.iter().flat_map(|card| std::iter::repeat_n(*card, card.copies - 1)).collect();
+        dice.shuffle(&mut once);
+        dice.shuffle(&mut again);
+        once.append(&mut again);
+        once[usize::try_from(place % size).unwrap_or_default()]
+    }
 }
 
 /// `SplitMix64`: the same numbers for the same seed in every version of this tool.
@@ -165,6 +179,10 @@ mod tests {
 
     use super::*;
 
+    fn round(seed: u64, number: u64, count: usize) -> Vec<Planned> {
+        Deck::of(&[]).round(seed, number, count)
+    }
+
     #[test]
     fn a_seed_says_it_all_and_another_says_something_else() {
         assert_eq!(round(7, 3, ROUND), round(7, 3, ROUND));
@@ -196,7 +214,21 @@ mod tests {
     }
 
     #[test]
+    fn only_some_of_them_are_played_as_often_as_among_the_others() {
+        let only = Deck::of(&[Fault::KafkaCut, Fault::RelayKill, Fault::KafkaCut]);
+        assert_eq!(
+            only.0.iter().map(|card| (card.fault, card.copies)).collect::<Vec<_>>(),
+            [(Fault::RelayKill, 5), (Fault::KafkaCut, 2)]
+        );
+        let places: Vec<Fault> = (0..7).map(|place| only.drawn(3, place).fault).collect();
+        assert_eq!(places.iter().filter(|fault| **fault == Fault::RelayKill).count(), 5);
+        assert_ne!(places[0], places[1]);
+    }
+
+    #[test]
     fn names_are_those_of_the_table() {
-        assert_eq!(Fault::ConsumersPostgresCrash.name(), "consumers-postgres-crash");
+        for fault in Fault::value_variants() {
+            assert_eq!(Fault::from_str(&fault.name(), false), Ok(*fault));
+        }
     }
 }

@@ -62,11 +62,18 @@ pub(super) struct Stage {
     pub(super) kafka_link: Link,
     pub(super) targets: Targets,
     places: Places,
-    delivery: Delivery,
+    relays: Relays,
     /// Whose turn it is to strike a broker.
     pub(super) brokers: tokio::sync::Mutex<()>,
     violations: Mutex<Vec<String>>,
     notes: Mutex<Vec<String>>,
+}
+
+/// What the relays are.
+#[derive(Debug)]
+pub(super) struct Relays {
+    pub(super) program: PathBuf,
+    pub(super) delivery: Delivery,
 }
 
 /// Who listens where.
@@ -118,26 +125,26 @@ impl Stage {
     pub(super) async fn start(
         layout: &Layout,
         version: cli::Postgres,
-        delivery: Delivery,
+        relays: Relays,
         progress: &Progress,
     ) -> Result<Arc<Self>> {
         let up = up(layout, version);
         let places = Places::choose(&up, layout)?;
-        let mut stage = Self::empty(layout, delivery, places)?;
+        let mut stage = Self::empty(layout, relays, places)?;
         let step = progress.step("starting two Postgres and three brokers");
         let specs = servers(&up, layout, &stage.places, progress).await?;
         stage.run(specs).await?;
         stage.furnish().await?;
         step.done("two Postgres and three brokers ready");
         let step = progress.step("starting the services");
-        let specs = service_specs(layout, &stage.places, delivery)?;
+        let specs = service_specs(layout, &stage.places, &stage.relays)?;
         stage.run(specs).await?;
         step.done("order-api, three relays and three consumers ready");
         Ok(Arc::new(stage))
     }
 
     /// The proxy, and nothing behind it yet.
-    fn empty(layout: &Layout, delivery: Delivery, places: Places) -> Result<Self> {
+    fn empty(layout: &Layout, relays: Relays, places: Places) -> Result<Self> {
         let route = |listen, server| Route { listen, server };
         let databases = [
             route(places.orders_proxy, places.ports.postgres),
@@ -156,7 +163,7 @@ impl Stage {
                 brokers: bootstrap(&places.ports.kafka),
                 topics: TOPICS.map(str::to_owned).to_vec(),
             },
-            delivery,
+            relays,
             brokers: tokio::sync::Mutex::default(),
             violations: Mutex::default(),
             notes: Mutex::default(),
@@ -192,17 +199,19 @@ impl Stage {
         topics::create(&self.targets.brokers, wanted, kafka::replication(usize::from(BROKERS))).await?;
         services::migrate(&self.layout, &places.seen_by("pharmacy")).await?;
         for relay in ["cdc-relay", "consumers-relay"] {
-            let further = delivery_env(self.delivery);
-            services::relay_once(&self.layout, &places.seen_by(relay), relay, &["init"], further).await?;
+            self.relay_once(relay, &["init"]).await?;
         }
         Ok(())
     }
 
+    async fn relay_once(&self, relay: &str, args: &[&str]) -> Result<()> {
+        let (ports, further) = (self.places.seen_by(relay), delivery_env(self.relays.delivery));
+        services::relay_once(&self.layout, &ports, relay, &self.relays.program, args, further).await
+    }
+
     /// Runs a command of the orders' relay to its end.
     pub(super) async fn relay(&self, args: &[&str]) -> Result<()> {
-        let further = delivery_env(self.delivery);
-        services::relay_once(&self.layout, &self.places.seen_by("cdc-relay"), "cdc-relay", args, further)
-            .await
+        self.relay_once("cdc-relay", args).await
     }
 
     pub(super) fn actor(&self, name: &str) -> Result<&Arc<Actor>> {
@@ -332,7 +341,7 @@ fn delivery_env(delivery: Delivery) -> Vec<(&'static str, String)> {
     vec![("CDC_RELAY_KAFKA__DELIVERY", delivery.name())]
 }
 
-fn service_specs(layout: &Layout, places: &Places, delivery: Delivery) -> Result<Vec<Spec>> {
+fn service_specs(layout: &Layout, places: &Places, relays: &Relays) -> Result<Vec<Spec>> {
     let mut specs = Vec::new();
     for instance in &places.ports.services {
         let mut spec = services::spec(layout, &places.seen_by(instance.service), instance)?;
@@ -342,8 +351,9 @@ fn service_specs(layout: &Layout, places: &Places, delivery: Delivery) -> Result
             ("CDC_RELAY_POSTGRES__CONNECT_TIMEOUT_SECONDS", "4"),
         ];
         if services::slot(instance.service).is_some() {
+            spec.program.clone_from(&relays.program);
             spec.env.extend(relay.map(|(key, value)| (key.to_owned(), value.to_owned())));
-            let delivery = delivery_env(delivery);
+            let delivery = delivery_env(relays.delivery);
             spec.env.extend(delivery.into_iter().map(|(key, value)| (key.to_owned(), value)));
         }
         specs.push(spec);

@@ -22,6 +22,7 @@ pub(super) struct Summary {
     committed: u64,
     published: u64,
     missing: u64,
+    late: u64,
     duplicates: u64,
     out_of_order_in_key: u64,
     out_of_commit_order: u64,
@@ -55,6 +56,7 @@ impl Summary {
             committed: sum(|round| round.verdict.committed),
             published: sum(|round| round.verdict.published),
             missing: sum(|round| round.verdict.missing),
+            late: sum(|round| round.verdict.late),
             duplicates: sum(|round| round.verdict.duplicates),
             out_of_order_in_key: sum(|round| round.verdict.out_of_order_in_key),
             out_of_commit_order: sum(|round| round.verdict.out_of_commit_order),
@@ -80,8 +82,8 @@ impl Summary {
         let _ = write!(
             text,
             "\n{} {}: {} faults in {} rounds, {} s\n\
-             {} committed, {} published: {} missing, {} duplicates ({:.1} a fault), {} out of order in their key,\n\
-             {} out of commit order, {} foreign, {} wrong, {} rows of tables wrong; {} violations",
+             {} committed, {} published: {} missing, {} late, {} duplicates ({:.1} a fault),\n\
+             {} out of order in their key, {} out of commit order, {} foreign, {} wrong, {} rows of tables wrong; {} violations",
             self.delivery,
             self.seed,
             self.faults,
@@ -90,6 +92,7 @@ impl Summary {
             self.committed,
             self.published,
             self.missing,
+            self.late,
             self.duplicates,
             ratio(self.duplicates, self.faults),
             self.out_of_order_in_key,
@@ -113,12 +116,13 @@ pub(super) fn line(round: &Round, faults_before: usize, wanted: Option<usize>) -
         count => format!(", {count} VIOLATIONS"),
     };
     format!(
-        "round {:>3}, faults {}{of}, {:>3} s: {} committed, {} missing, {} duplicates{bad} [{}]",
+        "round {:>3}, faults {}{of}, {:>3} s: {} committed, {} missing, {} late, {} duplicates{bad} [{}]",
         round.number + 1,
         faults_before + round.faults.len(),
         round.seconds,
         verdict.committed,
         verdict.missing,
+        verdict.late,
         verdict.duplicates,
         faults.join(" ")
     )

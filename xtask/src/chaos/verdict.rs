@@ -10,8 +10,11 @@ pub(crate) struct Verdict {
     pub committed: u64,
     /// Records in the topics, repeated ones included.
     pub published: u64,
-    /// Rows without a record.
+    /// Rows without a record, which the relay has confirmed: nobody will send them any more.
     pub missing: u64,
+    /// Rows without a record when the time was up, which the relay has not confirmed either.
+    #[serde(default)]
+    pub late: u64,
     /// Records whose id was there before, in the order of the topics or not.
     pub duplicates: u64,
     /// First occurrences that come after one of their key which was committed later.
@@ -33,6 +36,7 @@ pub(crate) struct Verdict {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
     Missing,
+    Late,
     Duplicate,
     OutOfOrderInKey,
     OutOfCommitOrder,
@@ -46,6 +50,7 @@ impl Verdict {
     pub(crate) fn violations(&self, exactly_once: bool) -> u64 {
         let duplicates = if exactly_once { self.duplicates } else { 0 };
         self.missing
+            + self.late
             + duplicates
             + self.out_of_order_in_key
             + self.out_of_commit_order
@@ -58,6 +63,7 @@ impl Verdict {
     pub(super) fn add(&mut self, kind: Kind, example: impl FnOnce() -> String) {
         let (count, name) = match kind {
             Kind::Missing => (&mut self.missing, "missing"),
+            Kind::Late => (&mut self.late, "late"),
             Kind::Duplicate => (&mut self.duplicates, "duplicate"),
             Kind::OutOfOrderInKey => (&mut self.out_of_order_in_key, "out of order in its key"),
             Kind::OutOfCommitOrder => (&mut self.out_of_commit_order, "out of commit order"),

@@ -182,7 +182,8 @@ impl Bench<'_> {
         let mut connection = self.connect("postgres", "postgres").await?;
         execute(&mut connection, format!("CREATE DATABASE {name} OWNER consumer")).await?;
         let url = vec![("CONSUMER_POSTGRES__URL", self.url("consumer", name))];
-        services::once(&self.servers.layout, "consumer-migrate", "consumer", &["migrate"], url).await?;
+        let consumer = services::binary("consumer")?;
+        services::once(&self.servers.layout, "consumer-migrate", &consumer, &["migrate"], url).await?;
         execute(&mut connection, "CHECKPOINT".to_owned()).await
     }
 

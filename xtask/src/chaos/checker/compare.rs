@@ -171,8 +171,9 @@ impl Comparison {
         self.missing == 0
     }
 
-    /// What there is to say since the last time; `partitions` is how many each topic has.
-    pub(super) fn verdict(&mut self, partitions: &BTreeMap<String, i32>) -> Verdict {
+    /// What there is to say since the last time; `partitions` is how many each topic has, and `confirmed` how far the relay
+    /// calls everything done, if it says so.
+    pub(super) fn verdict(&mut self, partitions: &BTreeMap<String, i32>, confirmed: Option<Lsn>) -> Verdict {
         let mut verdict = Verdict {
             committed: self.counts.committed - self.told.committed,
             published: self.counts.published - self.told.published,
@@ -186,10 +187,13 @@ impl Comparison {
             let other = entry.again.as_ref().and_then(|again| again.other);
             match (entry.committed, entry.seen) {
                 (Some(row), Some(seen)) => pairs.push(Pair { id, row, seen, other, told: entry.told }),
-                (Some(row), None) if !entry.told => verdict.add(Kind::Missing, || {
-                    let topic = &self.topics[usize::from(row.topic)];
-                    format!("{topic} has no record of id {id}, commit before {}", row.end)
-                }),
+                (Some(row), None) if !entry.told => {
+                    let is_late = confirmed.is_some_and(|confirmed| confirmed < row.end);
+                    verdict.add(if is_late { Kind::Late } else { Kind::Missing }, || {
+                        let topic = &self.topics[usize::from(row.topic)];
+                        format!("{topic} has no record of id {id}, commit before {}", row.end)
+                    });
+                }
                 (None, Some(seen)) if !entry.told => verdict
                     .add(Kind::Foreign, || format!("{}: id {id} was never committed", self.at(seen.place))),
                 _ => {}

@@ -65,9 +65,9 @@ impl World {
             comparison.commit(transaction).unwrap();
         }
         let partitions = BTreeMap::from([(TOPIC.to_owned(), i32::try_from(PARTITIONS).unwrap())]);
-        let verdict = comparison.verdict(&partitions);
+        let verdict = comparison.verdict(&partitions, None);
         assert_eq!(comparison.complete(), verdict.missing == 0);
-        assert_eq!(comparison.verdict(&partitions), Verdict::default(), "nothing is told twice");
+        assert_eq!(comparison.verdict(&partitions, None), Verdict::default(), "nothing is told twice");
         verdict
     }
 
@@ -251,6 +251,18 @@ fn examples_are_bounded() {
 }
 
 #[test]
+fn what_the_relay_has_confirmed_is_missing_and_the_rest_is_late() {
+    let world = World::of(&[vec![1], vec![1, 2]]);
+    let mut comparison = Comparison::default();
+    let confirmed = world.transactions[0].end;
+    for transaction in world.transactions {
+        comparison.commit(transaction).unwrap();
+    }
+    let found = comparison.verdict(&BTreeMap::new(), Some(confirmed));
+    assert_eq!((found.missing, found.late, found.violations(false)), (1, 2, 3), "{found:?}");
+}
+
+#[test]
 fn what_comes_between_two_verdicts_is_in_the_second() {
     let world = World::of(&[vec![1], vec![1], vec![1]]);
     let partitions = BTreeMap::from([(TOPIC.to_owned(), 3)]);
@@ -263,16 +275,16 @@ fn what_comes_between_two_verdicts_is_in_the_second() {
     let mut commit = |comparison: &mut Comparison| comparison.commit(transactions.next().unwrap()).unwrap();
     commit(&mut comparison);
     comparison.publish(&records[2]);
-    let first = comparison.verdict(&partitions);
+    let first = comparison.verdict(&partitions, None);
     assert_eq!((first.committed, first.published, first.missing, first.foreign), (1, 1, 1, 1));
     // The missing one comes late, the foreign one was committed after all, and is ahead.
     commit(&mut comparison);
     commit(&mut comparison);
     records[..2].iter().for_each(|record| assert!(comparison.publish(record)));
-    let second = comparison.verdict(&partitions);
+    let second = comparison.verdict(&partitions, None);
     assert_eq!((second.committed, second.published, second.violations(true)), (2, 2, 4), "{second:?}");
     assert_eq!((second.out_of_order_in_key, second.out_of_commit_order), (2, 2));
     assert!(!comparison.publish(&records[0]));
-    let third = comparison.verdict(&partitions);
+    let third = comparison.verdict(&partitions, None);
     assert_eq!((third.published, third.duplicates, third.violations(true)), (1, 1, 1));
 }

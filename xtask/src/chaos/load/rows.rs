@@ -1,9 +1,10 @@
-//! A writer of outbox rows, over a connection of its own.
+//! A writer of outbox rows, over connections of its own.
 
 use std::time::Duration;
 
 use fastrand::Rng;
 use sqlx::{Connection, PgConnection};
+use tokio::task::JoinSet;
 
 use super::{
     LoadReport,
@@ -12,8 +13,10 @@ use super::{
 };
 use crate::chaos::connection;
 
-/// The rest between two transactions: what the rate follows from, some 150 rows a second and writer.
-const REST_MILLISECONDS: std::ops::Range<u64> = 10..70;
+/// The rest between transactions: what the rate follows from, some 150 rows a second and writer.
+const REST_MILLISECONDS: std::ops::Range<u64> = 20..120;
+/// How many transactions end at once where more than one does.
+const AT_ONCE: u64 = 5;
 /// How long a transaction may take.
 const TRANSACTION_LIMIT: Duration = Duration::from_secs(10);
 /// The rest before a new connection.
@@ -31,34 +34,51 @@ pub(super) fn write(url: &str, mut random: Rng, gate: &Gate) -> LoadReport {
         report.broken += 1;
         return report;
     };
-    let mut connection: Option<PgConnection> = None;
+    let mut connections: Vec<PgConnection> = Vec::new();
     while gate.pass(Duration::from_millis(random.u64(REST_MILLISECONDS))) {
-        let plan = Plan::draw(&mut random);
-        let done = runtime.block_on(async {
-            if connection.is_none() {
-                connection = connection::open(url).await.ok();
-            }
-            let connection = connection.as_mut()?;
-            connection::within(TRANSACTION_LIMIT, carry_out(connection, &plan)).await.ok()
-        });
-        match done {
-            Some(()) if plan.committed => report.committed += 1,
-            Some(()) => report.rolled_back += 1,
-            None => {
-                report.broken += 1;
-                connection = None;
-                gate.pass(BACKOFF);
-            }
+        let count = if random.u32(0..4) == 0 { AT_ONCE } else { 1 };
+        let plans: Vec<Plan> = (0..count).map(|_| Plan::draw(&mut random)).collect();
+        if runtime.block_on(carry_out(url, &mut connections, &plans)).is_some() {
+            let committed = plans.iter().filter(|plan| plan.committed).count() as u64;
+            report.committed += committed;
+            report.rolled_back += count - committed;
+        } else {
+            report.broken += 1;
+            connections.clear();
+            gate.pass(BACKOFF);
         }
     }
-    if let Some(connection) = connection {
+    for connection in connections {
         // Whether it hears of it is of no account.
         let _ = runtime.block_on(connection::within(TRANSACTION_LIMIT, connection.close()));
     }
     report
 }
 
-async fn carry_out(connection: &mut PgConnection, plan: &Plan) -> sqlx::Result<()> {
+/// Transactions that end at once: as a rule nothing is between their commits in the log, and one ends where the next one's
+/// commit begins. None where a server did not do it.
+async fn carry_out(url: &str, connections: &mut Vec<PgConnection>, plans: &[Plan]) -> Option<()> {
+    while connections.len() < plans.len() {
+        connections.push(connection::open(url).await.ok()?);
+    }
+    for (connection, plan) in connections.iter_mut().zip(plans) {
+        connection::within(TRANSACTION_LIMIT, begin(connection, plan)).await.ok()?;
+    }
+    let mut ending = JoinSet::new();
+    for (mut connection, plan) in connections.drain(..plans.len()).zip(plans) {
+        let end = if plan.committed { "COMMIT" } else { "ROLLBACK" };
+        ending.spawn(async move {
+            let ended = connection::within(TRANSACTION_LIMIT, execute(&mut connection, end)).await;
+            ended.map(|()| connection)
+        });
+    }
+    while let Some(ended) = ending.join_next().await {
+        connections.push(ended.ok()?.ok()?);
+    }
+    Some(())
+}
+
+async fn begin(connection: &mut PgConnection, plan: &Plan) -> sqlx::Result<()> {
     execute(connection, "BEGIN").await?;
     for step in &plan.steps {
         match step {
@@ -81,7 +101,7 @@ async fn carry_out(connection: &mut PgConnection, plan: &Plan) -> sqlx::Result<(
             Step::Release => execute(connection, "RELEASE SAVEPOINT here").await?,
         }
     }
-    execute(connection, if plan.committed { "COMMIT" } else { "ROLLBACK" }).await
+    Ok(())
 }
 
 async fn execute(connection: &mut PgConnection, sql: &'static str) -> sqlx::Result<()> {
