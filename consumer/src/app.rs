@@ -1,14 +1,46 @@
 //! The service put together: build, then run until stopped.
 
-use std::sync::Arc;
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use service::{Failure, Health, health, http, metrics, shutdown::Shutdown};
 use tokio::net::TcpListener;
 
 use crate::{
-    assignment::Assignment, config::Settings, delivery, dlq::DeadLetters, group, handler::Handler,
-    metrics::Metrics, offer::Traits, run::Shared, store::Store,
+    assignment::Assignment,
+    config::Settings,
+    delivery,
+    dlq::DeadLetters,
+    group::{self, Ended},
+    handler::Handler,
+    metrics::Metrics,
+    offer::Traits,
+    run::Shared,
+    store::Store,
 };
+
+/// How often a member that was fenced joins again, in how much time: where another lives by its name, one of the two has
+/// to end.
+const RETURNS_MAX: usize = 3;
+const RETURNS_WINDOW: Duration = Duration::from_mins(10);
+
+/// When a member that was fenced has joined again.
+#[derive(Default)]
+struct Returns(Vec<Instant>);
+
+impl Returns {
+    /// Whether it may do so once more; it counts if so.
+    fn one_more(&mut self, now: Instant) -> bool {
+        self.0.retain(|at| now.duration_since(*at) < RETURNS_WINDOW);
+        if self.0.len() >= RETURNS_MAX {
+            return false;
+        }
+        self.0.push(now);
+        true
+    }
+}
 
 /// A service that has its port and nothing else yet.
 pub(crate) struct App {
@@ -61,13 +93,41 @@ impl App {
         let store = Store { pool, group, handler, policy, apply_timeout };
         health.not_ready("joining", "");
         let dead_letters = is_live.then(|| DeadLetters::new(&settings.kafka)).transpose()?;
-        let (consumer, events) = group::join(&settings.kafka)?;
         let shared =
             Arc::new(Shared { store, dead_letters, metrics, limits: settings.limits, redrive_topic });
-        let outcome = Assignment::new(consumer, events, shared, health)?.run(shutdown).await;
+        let mut returns = Returns::default();
+        let outcome = loop {
+            let (consumer, events) = group::join(&settings.kafka)?;
+            let assignment = Assignment::new(consumer, events, shared.clone(), health.clone())?;
+            match assignment.run(shutdown.clone()).await {
+                Ok(()) => break Ok(()),
+                Err(Ended::Failed(failure)) => break Err(failure),
+                Err(Ended::Fenced(failure)) => {
+                    if shutdown.is_requested() || !returns.one_more(Instant::now()) {
+                        break Err(failure);
+                    }
+                    tracing::warn!("joining the group again: {}", failure.message);
+                    health.not_ready("joining", failure.message);
+                }
+            }
+        };
         if let Some(serving) = serving {
             serving.abort();
         }
         outcome
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_member_that_is_fenced_again_and_again_does_not_return() {
+        let (mut returns, start) = (Returns::default(), Instant::now());
+        assert!((0..3).all(|n| returns.one_more(start + Duration::from_secs(n))));
+        assert!(!returns.one_more(start + Duration::from_secs(4)));
+        assert!(returns.one_more(start + RETURNS_WINDOW));
+        assert!(!returns.one_more(start + RETURNS_WINDOW));
     }
 }

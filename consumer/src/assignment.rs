@@ -24,7 +24,7 @@ use tokio::{
 
 use crate::{
     admin::{self, Probe, Situation},
-    group::{self, GroupConsumer, GroupEvent, Listener, PartitionId},
+    group::{self, Ended, GroupConsumer, GroupEvent, Listener, PartitionId},
     handler::Handler,
     partition::Partition,
     run::{Shared, Worker},
@@ -72,8 +72,8 @@ impl<H: Handler> Assignment<H> {
         Ok(Self { consumer, events, listener, shared, health, running: HashMap::new(), committing: None })
     }
 
-    /// Consumes until asked to stop, then drains.
-    pub(crate) async fn run(mut self, shutdown: Shutdown) -> Result<(), Failure> {
+    /// Consumes until asked to stop or the membership ends, then drains.
+    pub(crate) async fn run(mut self, shutdown: Shutdown) -> Result<(), Ended> {
         let mut commit = interval(self.shared.limits.commit_interval);
         let mut look = interval(LOOK_EVERY);
         commit.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -87,7 +87,7 @@ impl<H: Handler> Assignment<H> {
                     self.commit().await;
                     Ok(())
                 }
-                _ = look.tick() => self.look(&probe),
+                _ = look.tick() => self.look(&probe).map_err(Ended::from),
             };
             if let Err(failure) = done {
                 break Err(failure);
@@ -95,15 +95,16 @@ impl<H: Handler> Assignment<H> {
         };
         self.health.not_ready("draining", "");
         let drained = self.drain(probe).await;
-        outcome.and(drained)
+        outcome.and(drained.map_err(Ended::from))
     }
 
-    async fn on(&mut self, event: GroupEvent) -> Result<(), Failure> {
+    async fn on(&mut self, event: GroupEvent) -> Result<(), Ended> {
         match event {
-            GroupEvent::Assigned(ids) => self.assigned(&ids),
-            GroupEvent::Revoked(ids) => self.revoked(&ids).await,
-            GroupEvent::Fatal(failure) => Err(failure),
+            GroupEvent::Assigned(ids) => self.assigned(&ids)?,
+            GroupEvent::Revoked(ids) => self.revoked(&ids).await?,
+            GroupEvent::Fatal(ended) => return Err(ended),
         }
+        Ok(())
     }
 
     /// Starts a worker for each partition, on a queue of its own, before its first record is fetched.

@@ -46,7 +46,22 @@ pub(crate) enum GroupEvent {
     /// These go to others; the group waits for our `incremental_unassign`.
     Revoked(Vec<PartitionId>),
     /// The client cannot go on.
-    Fatal(Failure),
+    Fatal(Ended),
+}
+
+/// Why a membership ended by itself.
+#[derive(Debug)]
+pub(crate) enum Ended {
+    /// Kafka knows another member by our `group.instance.id`. It may be ourselves: while a coordinator fails over,
+    /// librdkafka can forget its member id, and then a commit of its own fences it.
+    Fenced(Failure),
+    Failed(Failure),
+}
+
+impl From<Failure> for Ended {
+    fn from(failure: Failure) -> Self {
+        Self::Failed(failure)
+    }
 }
 
 /// Receives librdkafka's callbacks.
@@ -266,10 +281,10 @@ impl Listener {
 }
 
 /// What of the group's queue ends the process. Other errors have been told by the context already.
-fn fatal(polled: KafkaResult<rdkafka::message::BorrowedMessage<'_>>) -> Option<Failure> {
+fn fatal(polled: KafkaResult<rdkafka::message::BorrowedMessage<'_>>) -> Option<Ended> {
     match polled {
         // Every partition has its own queue before it is assigned. Going on would lose this record.
-        Ok(record) => Some(Failure::new(
+        Ok(record) => Some(Ended::Failed(Failure::new(
             Kind::Internal,
             format!(
                 "a record of {}/{} at {} came outside its partition's queue",
@@ -277,11 +292,17 @@ fn fatal(polled: KafkaResult<rdkafka::message::BorrowedMessage<'_>>) -> Option<F
                 record.partition(),
                 record.offset()
             ),
-        )),
-        Err(KafkaError::MessageConsumptionFatal(code)) => Some(
-            Failure::new(Kind::Refused, format!("Kafka refuses this consumer for good: {code}"))
-                .hint("another member may use the same group.instance.id"),
-        ),
+        ))),
+        Err(KafkaError::MessageConsumptionFatal(code)) => {
+            let failure =
+                Failure::new(Kind::Refused, format!("Kafka refuses this consumer for good: {code}"));
+            Some(match code {
+                RDKafkaErrorCode::FencedInstanceId => Ended::Fenced(
+                    failure.hint("another member uses the same group.instance.id: give each one of its own"),
+                ),
+                _ => Ended::Failed(failure),
+            })
+        }
         Err(_) => None,
     }
 }

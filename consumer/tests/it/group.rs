@@ -59,6 +59,32 @@ fn an_instance_without_a_partition_is_ready_all_the_same() {
 }
 
 #[test]
+fn one_that_is_fenced_joins_again_and_of_two_by_one_name_one_ends() {
+    on_stage(2, async |stage| {
+        let mut command = stage.command("pharmacy");
+        command.env("CONSUMER_KAFKA__PROPERTIES__GROUP_INSTANCE_ID", "one");
+        let mut first = stage.spawn(command).await;
+        first.until_ready().await;
+        let mut command = stage.command("pharmacy");
+        command.env("CONSUMER_KAFKA__PROPERTIES__GROUP_INSTANCE_ID", "one");
+        let mut second = stage.spawn(command).await;
+        // They fence each other in turns.
+        let (loser, mut winner) = tokio::select! {
+            status = first.until_exit() => ((status, first.log()), second),
+            status = second.until_exit() => ((status, second.log()), first),
+        };
+        assert_eq!(loser.0.code(), Some(69), "{}", loser.1);
+        assert!(loser.1.contains("give each one of its own"), "{}", loser.1);
+        assert_eq!(loser.1.matches("joining the group again").count(), 3, "{}", loser.1);
+        // The other was fenced, too, and works.
+        assert!(winner.log().contains("joining the group again"), "{}", winner.log());
+        stage.produce((0..100).map(|n| Record::of(&created(&format!("o-{n}"))))).await;
+        stage.until_number("SELECT count(*) FROM pharmacy_orders", 100).await;
+        assert!(winner.terminate().await.success(), "{}", winner.log());
+    });
+}
+
+#[test]
 fn asked_to_stop_it_commits_what_it_has_done_and_ends_in_time() {
     on_stage(2, async |stage| {
         let mut command = stage.command("pharmacy");
