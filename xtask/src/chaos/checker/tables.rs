@@ -166,13 +166,27 @@ fn same(column: &str, wanted: Option<&str>, found: Option<&str>) -> bool {
     match (column, wanted, found) {
         // JSON's own order of members.
         ("items", Some(wanted), Some(found)) => json(wanted) == json(found),
+        // The digits behind the point that say nothing: the driver writes none of a zero.
+        ("total_amount", Some(wanted), Some(found)) => amount(wanted) == amount(found),
         _ => wanted == found,
     }
+}
+
+/// The same text for the same number.
+fn amount(text: &str) -> &str {
+    if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.') } else { text }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn amounts_are_numbers() {
+        let same = |wanted, found| same("total_amount", Some(wanted), Some(found));
+        assert!(same("0.00", "0") && same("16.490", "16.49") && same("100", "100.0"));
+        assert!(!same("0.01", "0") && !same("10", "100") && !same("10", "1"));
+    }
 
     fn merged(wanted: &[(&str, &str)], found: &[(&str, &str)]) -> Vec<String> {
         let row = |kind: &str| vec![Some("o".to_owned()), None, Some(kind.to_owned())];

@@ -328,7 +328,7 @@ async fn the_consumers_tables_are_held_against_the_events() {
     let found = verdict(&mut checker, LIMIT).await;
     assert_eq!(found, Verdict::default());
     for (change, told) in [
-        ("UPDATE order_views SET total_amount = 16.490", "total_amount is 16.490, not 16.49"),
+        ("UPDATE order_views SET total_amount = 16.50", "total_amount is 16.50, not 16.49"),
         ("UPDATE pharmacy_orders SET items = items - 1", "items is"),
         ("UPDATE fulfillment_orders SET total_quantity = 4", "total_quantity is 4, not 3"),
         ("UPDATE pharmacy_tasks SET kind = 'plan' WHERE version = 2", "kind is plan, not check_changes"),
