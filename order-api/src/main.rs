@@ -98,7 +98,7 @@ fn main() -> ExitCode {
     };
     let result = match cli.command {
         Some(Command::Config { what: ConfigCommand::Example }) => {
-            print!("{}", order_api::config::EXAMPLE);
+            service::say!("{}", order_api::config::EXAMPLE.trim_end());
             Ok(())
         }
         Some(Command::Token { what: TokenCommand::New { name, scopes } }) => make_token(&name, &scopes),
@@ -110,14 +110,14 @@ fn main() -> ExitCode {
 fn make_token(name: &str, scopes: &[Scope]) -> Result<(), Failure> {
     let NewToken { token, entry } = auth::new_token(name, scopes)?;
     eprintln!("The token of {name}, which nobody can tell again: {token}");
-    println!("{entry}");
+    service::say!("{entry}");
     Ok(())
 }
 
 fn run(serve: &Serve) -> Result<(), Failure> {
     let config = serve.load()?;
     if serve.check_config {
-        println!("the configuration is right");
+        service::say!("the configuration is right");
         return Ok(());
     }
     logs::init(&config.log)?;

@@ -10,6 +10,7 @@ pub mod health;
 pub mod http;
 pub mod logs;
 pub mod metrics;
+pub mod out;
 pub mod problem;
 pub mod shutdown;
 pub mod table;

@@ -10,7 +10,7 @@ pub fn print<const N: usize>(heads: [&str; N], rows: &[[String; N]]) {
     let line = |cells: [&str; N]| {
         let padded: Vec<_> =
             cells.iter().zip(widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
-        println!("{}", padded.join("  ").trim_end());
+        crate::say!("{}", padded.join("  ").trim_end());
     };
     line(heads);
     for row in rows {

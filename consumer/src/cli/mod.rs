@@ -182,14 +182,14 @@ pub fn main(offers: Vec<Offer>) -> ExitCode {
 
 fn run(args: Args, offers: Vec<Offer>) -> Result<(), Failure> {
     if let Some(Command::Config { command: ConfigCommand::Example }) = args.command {
-        print!("{}", config::EXAMPLE);
+        service::say!("{}", config::EXAMPLE.trim_end());
         return Ok(());
     }
     let config = args.config()?;
     let (log, check_only) = (config.log.0.clone(), args.check_config);
     let work = args.work(config, offers)?;
     if check_only {
-        println!("the configuration is right");
+        service::say!("the configuration is right");
         return Ok(());
     }
     logs::init(&log)?;

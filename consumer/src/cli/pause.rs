@@ -43,12 +43,12 @@ pub(super) async fn pause(settings: &Settings, ledger: &mut Ledger, pause: &Paus
     };
     let group = &settings.kafka.group;
     if pause.json {
-        println!("{}", json!({ "group": group, "paused": true, "before": told(before.as_ref()) }));
+        service::say!("{}", json!({ "group": group, "paused": true, "before": told(before.as_ref()) }));
         return Ok(());
     }
     match before {
-        Some(before) => println!("{group} was paused already, {}", since(&before)),
-        None => println!("{group} is paused; `consumer resume`, for the same group, lets it go on"),
+        Some(before) => service::say!("{group} was paused already, {}", since(&before)),
+        None => service::say!("{group} is paused; `consumer resume`, for the same group, lets it go on"),
     }
     Ok(())
 }
@@ -57,12 +57,12 @@ pub(super) async fn resume(settings: &Settings, ledger: &mut Ledger, resume: &Re
     let before = ledger.resume().await?;
     let group = &settings.kafka.group;
     if resume.json {
-        println!("{}", json!({ "group": group, "paused": false, "before": told(before.as_ref()) }));
+        service::say!("{}", json!({ "group": group, "paused": false, "before": told(before.as_ref()) }));
         return Ok(());
     }
     match before {
-        Some(before) => println!("{group} goes on; it was paused {}", since(&before)),
-        None => println!("{group} was not paused"),
+        Some(before) => service::say!("{group} goes on; it was paused {}", since(&before)),
+        None => service::say!("{group} was not paused"),
     }
     Ok(())
 }

@@ -145,7 +145,7 @@ impl Seek {
     fn tell(&self, moves: &[Move]) {
         if self.json {
             for Move { id, from, to, records } in moves {
-                println!(
+                service::say!(
                     "{}",
                     json!({ "topic": id.0, "partition": id.1, "from": from, "to": to, "records": records })
                 );

@@ -57,7 +57,7 @@ pub(super) async fn status(settings: &Settings, ledger: &mut Ledger, status: &St
     let letters = Letters { reasons, blocked_keys, parked };
     let (group, positions, missing) = block_in_place(|| ask(settings))?;
     if status.json {
-        println!("{}", as_json(settings, &group, &positions, paused.as_ref(), &letters));
+        service::say!("{}", as_json(settings, &group, &positions, paused.as_ref(), &letters));
     } else {
         tell(settings, &group, &positions, paused.as_ref(), &letters);
     }
@@ -124,29 +124,30 @@ fn tell(
         1 => "1 instance".into(),
         many => format!("{many} instances"),
     };
-    println!(
+    service::say!(
         "group    {} ({}), {}, {count}",
         settings.kafka.group,
         settings.handler,
         group.state.to_lowercase()
     );
-    println!("paused   {}", paused.map_or_else(|| "no".into(), pause::since));
+    service::say!("paused   {}", paused.map_or_else(|| "no".into(), pause::since));
     let reasons: Vec<String> = letters.reasons.iter().map(|(reason, n)| format!("{n} {reason}")).collect();
     let open: i64 = letters.reasons.iter().map(|(_, count)| count).sum();
     let reasons = if reasons.is_empty() { String::new() } else { format!(" ({})", reasons.join(", ")) };
-    println!(
+    service::say!(
         "letters  {open} open{reasons}; blocked keys: {}, parked records: {}",
-        letters.blocked_keys, letters.parked
+        letters.blocked_keys,
+        letters.parked
     );
     if !group.members.is_empty() {
-        println!();
+        service::say!();
         let rows = group.members.iter().map(|member| {
             let partitions = member.partitions.len().to_string();
             [or_dash(&member.id), or_dash(&member.client), or_dash(&member.host), partitions]
         });
         table::print(["INSTANCE", "CLIENT", "HOST", "PARTITIONS"], &rows.collect::<Vec<_>>());
     }
-    println!();
+    service::say!();
     let known = |number: Option<i64>| number.map_or_else(|| "-".into(), |number| number.to_string());
     let mut rows: Vec<_> = positions
         .iter()

@@ -67,7 +67,7 @@ pub(super) async fn list(ledger: &mut Ledger, list: &List) -> Result<(), Failure
     };
     if list.json {
         for letter in &letters {
-            println!("{}", as_json(letter, behind(letter)));
+            service::say!("{}", as_json(letter, behind(letter)));
         }
         return Ok(());
     }
@@ -90,7 +90,7 @@ pub(super) async fn list(ledger: &mut Ledger, list: &List) -> Result<(), Failure
     let heads = ["LETTER", "REASON", "TYPE", "KEY", "ATTEMPTS", "REDRIVES", "SINCE", "PARKED", "STATE"];
     table::print(heads, &rows);
     let reasons = ledger.by_reason(&chosen).await?;
-    println!("{}", summary(&reasons, parked.values().sum()));
+    service::say!("{}", summary(&reasons, parked.values().sum()));
     let hidden = reasons.iter().map(|(_, count)| count).sum::<i64>() - i64::from(list.limit);
     if hidden > 0 {
         eprintln!("{hidden} newer letters are not shown: --limit N shows more");
@@ -160,9 +160,9 @@ pub(super) async fn show(settings: &Settings, ledger: &mut Ledger, show: &Show) 
         return write_value(&letter, found.as_ref());
     }
     if show.json {
-        println!("{}", whole_as_json(&letter, parked, &parked_first, found.as_ref()));
+        service::say!("{}", whole_as_json(&letter, parked, &parked_first, found.as_ref()));
     } else {
-        print!("{}", whole_as_text(&letter, parked, &parked_first, found.as_ref()));
+        service::say!("{}", whole_as_text(&letter, parked, &parked_first, found.as_ref()).trim_end());
     }
     Ok(())
 }

@@ -213,7 +213,7 @@ impl<'a> Work<'a> {
             }
         }
         if letters == 0 && !self.selection.json {
-            println!("there are no such letters");
+            service::say!("there are no such letters");
         }
         if still {
             return Err(self.nobody_consumes(ledger).await);
@@ -378,7 +378,10 @@ impl<'a> Work<'a> {
         if self.selection.json {
             for Line { place, outcome, detail } in lines {
                 let outcome = outcome.word(self.action);
-                println!("{}", json!({ "letter": place.to_string(), "outcome": outcome, "detail": detail }));
+                service::say!(
+                    "{}",
+                    json!({ "letter": place.to_string(), "outcome": outcome, "detail": detail })
+                );
             }
             return;
         }
