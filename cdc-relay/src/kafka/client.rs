@@ -1,7 +1,12 @@
 //! The configuration that every client of Kafka here starts from.
 
+use std::time::Duration;
+
 use rdkafka::{
-    ClientConfig, ClientContext, config::RDKafkaLogLevel, consumer::ConsumerContext, error::KafkaError,
+    ClientConfig, ClientContext,
+    config::RDKafkaLogLevel,
+    consumer::{BaseConsumer, Consumer as _, ConsumerContext},
+    error::{KafkaError, KafkaResult},
 };
 
 use crate::{
@@ -18,6 +23,9 @@ const FILES: [&str; 5] = [
     "ssl.key.location",
     "ssl.keystore.location",
 ];
+
+/// Between two questions that fail.
+const RETRY_AFTER: Duration = Duration::from_millis(100);
 
 /// Asks librdkafka whether it would take the configuration, and looks whether the files are there; connects to
 /// nothing.
@@ -82,6 +90,25 @@ pub(super) fn reader_config(config: &KafkaConfig) -> ClientConfig {
     // The end is known once a fetch comes back empty: let it come back soon.
     client.set("fetch.wait.max.ms", "10");
     client
+}
+
+/// The offsets of a partition's first record, and behind its last.
+///
+/// librdkafka looks for the leader among the brokers that it knows. While a broker comes back, it can know that one for the
+/// leader and not where it is: then it fails at once, and would for minutes, because it asks again only at an interval. So a
+/// failure asks, and takes its time.
+pub(super) fn watermarks<C: ConsumerContext>(
+    consumer: &BaseConsumer<C>,
+    topic: &str,
+    partition: i32,
+    timeout: Duration,
+) -> KafkaResult<(i64, i64)> {
+    let found = consumer.fetch_watermarks(topic, partition, timeout);
+    if found.is_err() {
+        let _ = consumer.fetch_metadata(Some(topic), timeout);
+        std::thread::sleep(RETRY_AFTER);
+    }
+    found
 }
 
 /// Whether batches are compressed: then only the broker knows how large one is.

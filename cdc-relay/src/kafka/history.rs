@@ -13,7 +13,7 @@ use rdkafka::{
     types::RDKafkaRespErr,
 };
 
-use super::client::{Quiet, not_taken, reader_config};
+use super::client::{Quiet, not_taken, reader_config, watermarks};
 use crate::{
     config::KafkaConfig,
     error::{Error, Kind},
@@ -137,7 +137,7 @@ impl History {
     ) -> Result<(i64, i64), Error> {
         loop {
             patience()?;
-            match consumer.fetch_watermarks(&self.topic, partition, METADATA_TIMEOUT) {
+            match watermarks(consumer, &self.topic, partition, METADATA_TIMEOUT) {
                 Ok(watermarks) => return Ok(watermarks),
                 Err(error) => self.look_at(&error)?,
             }

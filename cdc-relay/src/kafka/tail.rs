@@ -10,7 +10,7 @@ use rdkafka::{
 };
 
 use super::{
-    client::{Quiet, not_taken, reader_config},
+    client::{Quiet, not_taken, reader_config, watermarks},
     history::{POLL, Patience, QUEUED_KIB, not_allowed},
 };
 use crate::{
@@ -68,7 +68,7 @@ impl Tails {
     ) -> Result<Tail<'a>, Error> {
         loop {
             patience()?;
-            if let Ok((low, high)) = self.consumer.fetch_watermarks(topic, partition, QUESTION_TIMEOUT) {
+            if let Ok((low, high)) = watermarks(&self.consumer, topic, partition, QUESTION_TIMEOUT) {
                 let step = FIRST_OFFSETS;
                 return Ok(Tail {
                     consumer: &self.consumer,
