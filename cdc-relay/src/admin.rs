@@ -123,6 +123,9 @@ pub(crate) struct Metrics {
     slot_time_to_loss_seconds: MaybeGauge,
     wal_bytes_per_second: MaybeGauge,
     holder: Family<HolderLabels, Gauge>,
+    pub(crate) retention_deleted: Counter,
+    pub(crate) retention_dropped: Counter,
+    pub(crate) retention_failures: Counter,
     errors: Family<ErrorLabel, Counter>,
     diverted: Family<DivertedLabels, Counter>,
 }
@@ -159,6 +162,9 @@ impl Default for Metrics {
             slot_time_to_loss_seconds: MaybeGauge::default(),
             wal_bytes_per_second: MaybeGauge::default(),
             holder: Family::default(),
+            retention_deleted: Counter::default(),
+            retention_dropped: Counter::default(),
+            retention_failures: Counter::default(),
             errors: Family::default(),
             diverted: Family::default(),
         };
@@ -293,6 +299,21 @@ impl Metrics {
             "Dead letters that were published to their topic after all",
             self.redriven.clone(),
         );
+        r.register(
+            "retention_deleted_rows",
+            "Rows that were deleted from the outbox, confirmed and old enough",
+            self.retention_deleted.clone(),
+        );
+        r.register(
+            "retention_dropped_partitions",
+            "Partitions of the outbox that were dropped, likewise",
+            self.retention_dropped.clone(),
+        );
+        r.register(
+            "retention_failures",
+            "Attempts to delete or drop that failed; the log says why",
+            self.retention_failures.clone(),
+        );
     }
 
     /// What concerns the slot, which all of these have as a label.
@@ -355,6 +376,11 @@ impl Metrics {
         if state == State::Standby {
             self.kafka_up.set(None);
         }
+    }
+
+    /// Whether this relay has the slot.
+    pub(crate) fn has_slot(&self) -> bool {
+        self.streaming.get() == 1
     }
 
     /// Counts a transaction of Postgres that is published, by when it was committed and how long it was with us.

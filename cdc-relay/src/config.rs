@@ -2,6 +2,7 @@
 
 mod delivery;
 mod outbox;
+mod retention;
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -18,9 +19,11 @@ use service::{
     logs::LogConfig,
 };
 
+pub(crate) use self::retention::Retention;
 use self::{
     delivery::{DeliveryName, TransactionsConfig},
     outbox::{CloudEventsConfig, MessagesConfig, OutboxConfig, RouteConfig},
+    retention::RetentionConfig,
 };
 use crate::replication::conninfo::ConnInfo;
 
@@ -42,6 +45,7 @@ pub(crate) struct Config {
     pub(crate) kafka: KafkaConfig,
     pub(crate) transactions: TransactionsConfig,
     pub(crate) poison: PoisonConfig,
+    pub(crate) retention: RetentionConfig,
     pub(crate) limits: LimitsConfig,
     pub(crate) http: HttpConfig,
     pub(crate) fleet: FleetConfig,
@@ -205,6 +209,7 @@ pub(crate) struct Settings {
     pub(crate) transaction_timeout: Duration,
     pub(crate) source: source::Options,
     pub(crate) policies: Policies,
+    pub(crate) retention: Retention,
     pub(crate) dead_letter_topic: String,
     pub(crate) parked_keys_topic: String,
     pub(crate) kafka: KafkaConfig,
@@ -257,6 +262,7 @@ impl Config {
         }
         let delivery = self.transactions.check(self.kafka.delivery);
         let (delivery, transaction_timeout) = delivery.map_err(|(key, why)| bad(key, why))?;
+        let retention = self.retention.check().map_err(|(key, why)| bad(key, why))?;
         check_properties(&self.kafka.properties)?;
         for (key, topic) in [
             ("kafka.checkpoint_topic", &self.kafka.checkpoint_topic),
@@ -288,6 +294,7 @@ impl Config {
             transaction_timeout,
             source,
             policies: self.poison.policies(),
+            retention,
             dead_letter_topic: self.poison.dead_letter_topic,
             parked_keys_topic: self.poison.parked_keys_topic,
             kafka: self.kafka,

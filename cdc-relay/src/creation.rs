@@ -1,7 +1,11 @@
 //! Making the slot. The server waits for every transaction that was open when it began: this says whose they are.
+//! <https://www.postgresql.org/docs/current/protocol-replication.html#PROTOCOL-REPLICATION-CREATE-REPLICATION-SLOT>
 
 use std::{
-    sync::mpsc::{Receiver, RecvTimeoutError, channel},
+    sync::{
+        atomic::{AtomicBool, Ordering},
+        mpsc::{Receiver, RecvTimeoutError, channel},
+    },
     thread,
     time::Duration,
 };
@@ -14,6 +18,7 @@ use crate::{
     replication::{
         connection::{Connection, TextRow},
         handshake::Purpose,
+        stream::quote_identifier,
     },
     slot,
 };
@@ -44,28 +49,78 @@ pub(crate) fn make_slot(
     };
     let mut maker = connection.beside(&settings.postgres, Purpose::Sql, settings.connect_timeout)?;
     maker.simple_query(NOTICE_OUR_END)?;
+    let never = AtomicBool::new(false);
+    make(connection, maker, &never, |maker| maker.query(create, &[&settings.slot]))?;
+    confirmed(connection, settings)
+}
+
+/// What the database was when the slot was made, for as long as this is kept or has been taken over by a transaction.
+pub(crate) struct Exported {
+    pub(crate) snapshot: String,
+    /// It exports the snapshot until it does something else.
+    _maker: Connection,
+}
+
+/// Makes the slot as [`make_slot`] does, and keeps what the database was then: what is committed later is what the slot
+/// streams, and nothing else.
+///
+/// # Errors
+/// [`Kind::GaveUp`] also once `stop` is set.
+pub(crate) fn make_exporting_slot(
+    connection: &mut Connection,
+    settings: &Settings,
+    failover: bool,
+    stop: &AtomicBool,
+) -> Result<(Lsn, Exported), Error> {
+    let mut options = String::from("SNAPSHOT 'export'");
+    if failover {
+        slot::check_failover_version(connection)?;
+        options.push_str(", FAILOVER true");
+    }
+    let name = quote_identifier(&settings.slot);
+    let create = format!("CREATE_REPLICATION_SLOT {name} LOGICAL pgoutput ({options})");
+    let maker = connection.beside(&settings.postgres, Purpose::Replication, settings.connect_timeout)?;
+    let (made, maker) = make(connection, maker, stop, |maker| maker.simple_query(&create))?;
+    let snapshot = made.into_iter().next().and_then(|row| row.into_iter().nth(2)?);
+    let missing = || Error::new(Kind::Internal, "the server has exported no snapshot");
+    let exported = Exported { snapshot: snapshot.ok_or_else(missing)?, _maker: maker };
+    Ok((confirmed(connection, settings)?, exported))
+}
+
+fn confirmed(connection: &mut Connection, settings: &Settings) -> Result<Lsn, Error> {
+    let missing = || Error::new(Kind::Internal, "the slot that was made is not there");
+    slot::find_slot(connection, settings)?.ok_or_else(missing)
+}
+
+/// Runs what makes the slot, while another connection looks what it waits for.
+fn make(
+    connection: &mut Connection,
+    mut maker: Connection,
+    stop: &AtomicBool,
+    create: impl FnOnce(&mut Connection) -> Result<Vec<TextRow>, Error>,
+) -> Result<(Vec<TextRow>, Connection), Error> {
     let pid = maker.simple_query("SELECT pg_backend_pid()")?.into_iter().flatten().flatten().next();
     let pid = pid.unwrap_or_default();
     maker.set_answer_timeout(TIMEOUT)?;
     let (made, ended) = channel();
     let result = thread::scope(|scope| {
         let (watch, pid) = (&mut *connection, &*pid);
-        scope.spawn(move || tell(watch, pid, &ended));
-        let result = maker.query(create, &[&settings.slot]);
+        scope.spawn(move || tell(watch, pid, &ended, stop));
+        let result = create(&mut maker);
         drop(made);
         result
     });
-    if let Err(e) = result {
-        return Err(explain(connection, &pid, e));
-    }
-    let missing = || Error::new(Kind::Internal, "the slot that was made is not there");
-    slot::find_slot(connection, settings)?.ok_or_else(missing)
+    result.map(|rows| (rows, maker)).map_err(|e| explain(connection, &pid, e, stop))
 }
 
-/// Until the slot is made, which closes the channel.
-fn tell(connection: &mut Connection, pid: &str, ended: &Receiver<()>) {
+/// Until the slot is made, which closes the channel. A stop ends the server's waiting.
+fn tell(connection: &mut Connection, pid: &str, ended: &Receiver<()>, stop: &AtomicBool) {
     let mut told = Vec::new();
     while ended.recv_timeout(LOOK_INTERVAL) == Err(RecvTimeoutError::Timeout) {
+        if stop.load(Ordering::Relaxed) {
+            cancel(connection, pid);
+            return;
+        }
         match find(connection, pid) {
             Ok(holders) if holders.is_empty() => {}
             Ok(holders) => {
@@ -80,13 +135,23 @@ fn tell(connection: &mut Connection, pid: &str, ended: &Receiver<()>) {
     }
 }
 
-/// A timeout is explained by what was waited for, and the server does not go on.
-fn explain(connection: &mut Connection, pid: &str, error: Error) -> Error {
+/// The server does not go on making the slot.
+fn cancel(connection: &mut Connection, pid: &str) {
+    if let Err(e) = connection.query("SELECT pg_cancel_backend($1::int4)", &[pid]) {
+        tracing::warn!("the server's process {pid} may still make the slot, and cannot be cancelled: {e}");
+    }
+}
+
+/// A timeout is explained by what was waited for.
+fn explain(connection: &mut Connection, pid: &str, error: Error, stop: &AtomicBool) -> Error {
+    if stop.load(Ordering::Relaxed) {
+        return Error::new(Kind::GaveUp, "interrupted; no slot was made");
+    }
     if error.kind != Kind::PostgresAway {
         return error;
     }
     let holders = find(connection, pid).unwrap_or_default();
-    let _ = connection.query("SELECT pg_cancel_backend($1::int4)", &[pid]);
+    cancel(connection, pid);
     if holders.is_empty() {
         return error;
     }

@@ -14,6 +14,7 @@ mod letter;
 mod refusal;
 mod reports;
 mod size;
+mod survey;
 mod tail;
 mod topics;
 mod transactions;
@@ -40,6 +41,8 @@ pub(crate) use self::{
     client::check,
     create::{NewTopic, create_topics},
     history::{History, Patience},
+    size::batch_bytes,
+    survey::{Partition, Survey, Surveyed},
     tail::Tails,
     topics::is_compacted,
     transactions::{Done, Transactional},

@@ -46,8 +46,17 @@ pub(crate) struct Checkpoint {
     /// Whether the stream had what `pg_logical_emit_message` wrote, too: it counts in the ordinals.
     #[serde(default)]
     pub(crate) messages: bool,
+    /// Not a position yet: what was in the table before the slot is being published, and has to be published again from
+    /// its beginning if that does not end.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub(crate) backfilling: bool,
     /// When, RFC 3339.
     pub(crate) at: String,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 /// A transaction.
@@ -269,12 +278,13 @@ pub(crate) struct Writer {
     pub(crate) timeline: u32,
     /// Of the checkpoints that it writes.
     pub(crate) generation: u64,
+    pub(crate) backfilling: bool,
     instance: String,
 }
 
 impl Writer {
     pub(crate) fn new(owner: Owner, timeline: u32) -> Self {
-        Self { owner, timeline, generation: 0, instance: instance() }
+        Self { owner, timeline, generation: 0, backfilling: false, instance: instance() }
     }
 
     pub(crate) fn checkpoint(&self, settings: &Settings, position: relay_core::Checkpoint) -> Entry {
@@ -288,6 +298,7 @@ impl Writer {
             instance: self.instance.clone(),
             publication: settings.publication.clone(),
             messages: settings.source.messages.is_some(),
+            backfilling: self.backfilling,
             at: now(),
         };
         entry(&settings.kafka.checkpoint_topic, self.owner.key(), Some(&checkpoint))

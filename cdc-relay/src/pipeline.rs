@@ -22,8 +22,9 @@ use crate::{
     diversions::Diversions,
     dlq::redrive::{Hands, Progress, Redrive},
     error::{Error, Kind},
-    kafka::{Done, Offer, Producer},
+    kafka::{Done, Producer},
     ledger::{Reader, Writer},
+    placing::{Placed, place, place_again},
     position::System,
     replication::{
         pace::Pace,
@@ -309,13 +310,7 @@ impl Session<'_> {
                 }
                 Some(Event::Wal { start, message }) => {
                     self.pace.message();
-                    let placed = match self.relay.handle_wal(start, message, now)? {
-                        None => Placed::Done,
-                        Some(record) => {
-                            let (ticket, offer) = (record.ticket, self.producer.offer(&record)?);
-                            place(&mut self.relay, &mut self.producer, ticket, message, offer)?
-                        }
-                    };
+                    let placed = place(&mut self.relay, &mut self.producer, start, message, now)?;
                     if let Placed::Later(ticket) = placed {
                         self.pending = Some((ticket, message.to_vec()));
                         return Ok(true);
@@ -351,13 +346,7 @@ impl Session<'_> {
 
     fn retry_pending(&mut self) -> Result<bool, Error> {
         let Some((ticket, message)) = &self.pending else { return Ok(false) };
-        let placed = match self.relay.repeat(*ticket, message)? {
-            None => Placed::Done,
-            Some(record) => {
-                let offer = self.producer.offer(&record)?;
-                place(&mut self.relay, &mut self.producer, *ticket, message, offer)?
-            }
-        };
+        let placed = place_again(&mut self.relay, &mut self.producer, *ticket, message)?;
         let done = matches!(placed, Placed::Done);
         if done {
             self.pending = None;
@@ -389,34 +378,5 @@ impl Session<'_> {
             self.producer.write(&entry, Some(marker.ticket))?;
         }
         Ok(())
-    }
-}
-
-/// Where a record went.
-enum Placed {
-    /// To the producer, or nowhere because its policy says so.
-    Done,
-    /// Nowhere yet: the record of this ticket is to be offered again.
-    Later(Ticket),
-}
-
-/// Does what follows from the producer's answer. What it refuses becomes what its policy says, which is offered in
-/// its turn.
-fn place(
-    relay: &mut Relay,
-    producer: &mut Producer,
-    ticket: Ticket,
-    message: &[u8],
-    mut offer: Offer,
-) -> Result<Placed, Error> {
-    loop {
-        match offer {
-            Offer::Taken => return Ok(Placed::Done),
-            Offer::Later => return Ok(Placed::Later(ticket)),
-            Offer::Refused(poison) => match relay.refuse(ticket, message, poison)? {
-                None => return Ok(Placed::Done),
-                Some(record) => offer = producer.offer(&record)?,
-            },
-        }
     }
 }

@@ -42,6 +42,8 @@ pub(crate) enum Doubt {
     /// The server's history does not have the checkpoint's timeline: it is the old primary that has come back after a
     /// promotion, or was restored.
     OtherTimeline { checkpoint: Lsn, timeline: u32, server: u32 },
+    /// What was in the table before the slot is being published, or that was interrupted.
+    Backfilling { at: String, instance: String },
 }
 
 /// From where on records are of transactions that this server never had.
@@ -58,7 +60,10 @@ impl Doubt {
     /// None where there are no such records, or it cannot be told from where on.
     pub(crate) fn beyond(&self) -> Option<Beyond> {
         let (lsn, at) = match self {
-            Self::NoCheckpoint { .. } | Self::SlotAhead { .. } | Self::OtherTimeline { .. } => return None,
+            Self::NoCheckpoint { .. }
+            | Self::SlotAhead { .. }
+            | Self::OtherTimeline { .. }
+            | Self::Backfilling { .. } => return None,
             Self::LogBehind { wal_end, at, .. } => (*wal_end, at),
             Self::Diverged { ended, at, .. } => (*ended, at),
         };
@@ -77,6 +82,9 @@ pub(crate) fn judge(
         let others = ledger.others.iter().map(|(system, c)| (system.clone(), c.lsn)).collect();
         return Err(Doubt::NoCheckpoint { others });
     };
+    if entry.backfilling {
+        return Err(Doubt::Backfilling { at: at.clone(), instance: entry.instance.clone() });
+    }
     let (timeline, position) = (*timeline, entry.position());
     let part = position.part;
     // What is published in part lies behind it.
@@ -169,6 +177,10 @@ impl fmt::Display for Doubt {
                  does not have that one: it is an old primary that has come back, or was restored from a backup, and events of \
                  timeline {timeline} are in Kafka that it does not have"
             ),
+            Self::Backfilling { at, instance } => write!(
+                f,
+                "the backfill that {instance} began at {at} has not ended: what was in the outbox before the slot may not be in Kafka"
+            ),
         }
     }
 }
@@ -192,6 +204,10 @@ impl From<Doubt> for Error {
                 "put the server that was promoted into postgres.url (with target_session_attrs=read-write no standby is taken for \
                  it), and make this one its standby. To stay with this one: `cdc-relay accept-gap --yes` goes on from the slot's \
                  confirmed LSN, and new events may repeat the LSNs of old ones"
+            }
+            Doubt::Backfilling { .. } => {
+                "if `cdc-relay init --backfill` still runs, wait until it has ended. If it was interrupted, run it again: it starts over \
+                 with a new slot, and what it had published is published again. `cdc-relay accept-gap --yes` goes on without the rest"
             }
         };
         Self { beyond: doubt.beyond(), ..Self::new(Kind::Halted, doubt.to_string()).hint(hint) }
@@ -223,6 +239,7 @@ mod tests {
             instance: text("i"),
             publication: text("p"),
             messages: false,
+            backfilling: false,
             at: text("t"),
         };
         Ledger { checkpoint: Some(checkpoint), ..Ledger::default() }
@@ -273,6 +290,10 @@ mod tests {
         let others = vec![("7".to_owned(), ledger(5, 1).checkpoint.unwrap())];
         let none = Ledger { others, ..Ledger::default() };
         let doubt = judge(&none, Lsn(1), &system(1, &[])).unwrap_err();
+        let mut begun = ledger(50, 1);
+        begun.checkpoint.as_mut().unwrap().backfilling = true;
+        let unfinished = judge(&begun, Lsn(40), &system(90, &[])).unwrap_err();
+        assert!(matches!(unfinished, Doubt::Backfilling { .. }));
         assert!(doubt.to_string().ends_with("at 0/5 of another cluster, 7"), "{doubt}");
     }
 

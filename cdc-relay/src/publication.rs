@@ -6,9 +6,9 @@ use std::collections::HashSet;
 use relay_core::outbox::{Outbox, Updates};
 
 use crate::{
-    config::Settings,
+    config::{Retention, Settings},
     error::{Error, Kind},
-    replication::connection::Connection,
+    replication::{connection::Connection, stream::quote_identifier},
 };
 
 /// Whether `init` found a thing or made it.
@@ -22,6 +22,8 @@ pub(crate) enum Made {
 struct Publication {
     inserts: bool,
     updates: bool,
+    /// Deletes or truncates.
+    removals: bool,
     via_root: bool,
 }
 
@@ -37,37 +39,94 @@ pub(crate) fn make(connection: &mut Connection, settings: &Settings) -> Result<M
     Ok(made)
 }
 
+/// Something that keeps a publication from publishing what the configuration uses.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Problem {
+    /// For programs: words with hyphens.
+    pub(crate) name: &'static str,
+    pub(crate) what: String,
+    /// What mends it, in a sentence.
+    hint: String,
+    /// The same as statements, commands and comments alone.
+    pub(crate) mend: Vec<String>,
+}
+
+impl Problem {
+    fn new(name: &'static str, what: String, hint: impl Into<String>, mend: &[&str]) -> Self {
+        Self { name, what, hint: hint.into(), mend: mend.iter().map(|line| (*line).to_owned()).collect() }
+    }
+
+    /// One that this statement mends.
+    fn of_owner(name: &'static str, what: String, sql: &str) -> Self {
+        Self::new(name, what, format!("let its owner run: {sql}"), &[&format!("{sql};")])
+    }
+}
+
 /// Checks that the publication publishes what the configuration uses: with another, everything would be confirmed
 /// and not everything published.
 ///
 /// # Errors
 /// Halted with the remedy, where it does not.
 pub(crate) fn verify(connection: &mut Connection, settings: &Settings) -> Result<(), Error> {
+    match problems(connection, settings)?.into_iter().next() {
+        None => Ok(()),
+        Some(Problem { what, hint, .. }) => Err(Error::new(Kind::Halted, what).hint(hint)),
+    }
+}
+
+/// All that keeps it from that, of each outbox the first thing.
+pub(crate) fn problems(connection: &mut Connection, settings: &Settings) -> Result<Vec<Problem>, Error> {
     let name = &settings.publication;
     let outboxes = &settings.source.outboxes;
     let Some(publication) = find(connection, name)? else {
-        return halted(
+        return Ok(vec![Problem::new(
+            "publication-missing",
             format!("publication {name:?} does not exist"),
             "`cdc-relay init` creates it. Had it existed before, events written while it was gone are not in the stream",
-        );
+            &["cdc-relay init"],
+        )]);
     };
-    let alter = |what: &str| format!("let its owner run: ALTER PUBLICATION \"{name}\" SET ({what})");
+    let mut problems = Vec::new();
+    let alter = format!("ALTER PUBLICATION {} SET ({})", quote_identifier(name), publish(outboxes));
     if !outboxes.is_empty() && !publication.inserts {
         let what = format!("publication {name:?} does not publish inserts");
-        return halted(what, alter(publish(outboxes)));
+        problems.push(Problem::of_owner("publication-no-inserts", what, &alter));
     }
     if wants_updates(outboxes) && !publication.updates {
         let what = format!("publication {name:?} does not publish updates, and an outbox is to halt at them");
-        return halted(what, alter(publish(outboxes)));
+        problems.push(Problem::of_owner("publication-no-updates", what, &alter));
+    }
+    if settings.retention != Retention::Keep && publication.removals {
+        let what = format!(
+            "publication {name:?} publishes deletes or truncates, and retention.mode is not \"keep\": what leaves the outbox \
+             would be sent to every reader of it"
+        );
+        problems.push(Problem::of_owner("publication-removals", what, &alter));
     }
     for outbox in outboxes {
-        verify_table(connection, settings, &publication, outbox)?;
+        problems.extend(of_table(connection, settings, &publication, outbox)?);
     }
-    Ok(())
+    Ok(problems)
 }
 
-fn halted(what: String, hint: impl Into<String>) -> Result<(), Error> {
-    Err(Error::new(Kind::Halted, what).hint(hint))
+/// What it publishes and nobody needs: it costs the server and the network, and nothing else.
+pub(crate) fn excess(connection: &mut Connection, settings: &Settings) -> Result<Option<Problem>, Error> {
+    let (name, outboxes) = (&settings.publication, &settings.source.outboxes);
+    let Some(publication) = find(connection, name)? else { return Ok(None) };
+    let mut more = Vec::new();
+    if publication.updates && !wants_updates(outboxes) {
+        more.push("updates");
+    }
+    if publication.removals && settings.retention == Retention::Keep {
+        more.push("deletes or truncates");
+    }
+    if more.is_empty() {
+        return Ok(None);
+    }
+    let what =
+        format!("publication {name:?} publishes {}, too, which the relay passes over", more.join(" and "));
+    let alter = format!("ALTER PUBLICATION {} SET ({})", quote_identifier(name), publish(outboxes));
+    Ok(Some(Problem::of_owner("publication-more", what, &alter)))
 }
 
 fn wants_updates(outboxes: &[Outbox]) -> bool {
@@ -79,14 +138,15 @@ fn publish(outboxes: &[Outbox]) -> &'static str {
 }
 
 fn find(connection: &mut Connection, name: &str) -> Result<Option<Publication>, Error> {
-    let sql =
-        "SELECT pubinsert::text, pubupdate::text, pubviaroot::text FROM pg_publication WHERE pubname = $1";
+    let sql = "SELECT pubinsert::text, pubupdate::text, pubviaroot::text, (pubdelete OR pubtruncate)::text \
+         FROM pg_publication WHERE pubname = $1";
     let rows = connection.query(sql, &[name])?;
     let is = |value: Option<&Option<String>>| value.is_some_and(|v| v.as_deref() == Some("true"));
     let publication = |row: &Vec<Option<String>>| Publication {
         inserts: is(row.first()),
         updates: is(row.get(1)),
         via_root: is(row.get(2)),
+        removals: is(row.get(3)),
     };
     Ok(rows.first().map(publication))
 }
@@ -98,33 +158,42 @@ struct Table {
     is_partitioned: bool,
 }
 
-fn find_table(connection: &mut Connection, outbox: &Outbox) -> Result<Table, Error> {
+fn find_table(connection: &mut Connection, outbox: &Outbox) -> Result<Option<Table>, Error> {
     let sql = "SELECT c.oid::text, c.relkind::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
                WHERE n.nspname = $1 AND c.relname = $2 AND c.relkind IN ('r', 'p')";
     let (schema, name) = outbox.name();
     let rows = connection.query(sql, &[schema, name])?;
-    let Some([Some(oid), Some(kind)]) = rows.first().map(Vec::as_slice) else {
-        let what = format!("there is no table {} in this database", outbox.label());
-        return Err(Error::new(Kind::Halted, what).hint("mend outbox.table, or the database in postgres.url"));
-    };
-    Ok(Table { oid: oid.clone(), is_partitioned: kind == "p" })
+    let Some([Some(oid), Some(kind)]) = rows.first().map(Vec::as_slice) else { return Ok(None) };
+    Ok(Some(Table { oid: oid.clone(), is_partitioned: kind == "p" }))
 }
 
-fn verify_table(
+fn no_table(outbox: &Outbox) -> Problem {
+    let hint = "mend outbox.table, or the database in postgres.url";
+    Problem::new(
+        "outbox-missing",
+        format!("there is no table {} in this database", outbox.label()),
+        hint,
+        &[&format!("# {hint}")],
+    )
+}
+
+fn of_table(
     connection: &mut Connection,
     settings: &Settings,
     publication: &Publication,
     outbox: &Outbox,
-) -> Result<(), Error> {
+) -> Result<Option<Problem>, Error> {
     let (name, label) = (&settings.publication, outbox.label());
-    let table = find_table(connection, outbox)?;
+    let (schema, relation) = outbox.name();
+    let alter = format!("ALTER PUBLICATION {}", quote_identifier(name));
+    let relation = format!("{}.{}", quote_identifier(schema), quote_identifier(relation));
+    let Some(table) = find_table(connection, outbox)? else { return Ok(Some(no_table(outbox))) };
     if table.is_partitioned && !publication.via_root {
-        return halted(
+        return Ok(Some(Problem::of_owner(
+            "publication-partitions",
             format!("publication {name:?} publishes rows of {label} under the names of its partitions"),
-            format!(
-                "let its owner run: ALTER PUBLICATION \"{name}\" SET (publish_via_partition_root = true)"
-            ),
-        );
+            &format!("{alter} SET (publish_via_partition_root = true)"),
+        )));
     }
     // Where it is a partition itself, it may be published as another.
     let sql = "SELECT t.schemaname || '.' || t.tablename, coalesce(t.rowfilter, '') \
@@ -134,44 +203,49 @@ fn verify_table(
                WHERE t.pubname = $1";
     let rows = connection.query(sql, &[name, &table.oid])?;
     let Some([Some(published_as), Some(filter)]) = rows.first().map(Vec::as_slice) else {
-        let (schema, table) = outbox.name();
-        return halted(
+        return Ok(Some(Problem::of_owner(
+            "publication-no-table",
             format!("publication {name:?} does not have the table {label}"),
-            format!(
-                "let the publication's owner run: ALTER PUBLICATION \"{name}\" ADD TABLE \"{schema}\".\"{table}\""
-            ),
-        );
+            &format!("{alter} ADD TABLE {relation}"),
+        )));
     };
     if published_as != label {
         // Beside its root, it is there for rows that were written while the root was not published.
         if settings.source.outboxes.iter().any(|other| other.label() == published_as) {
-            return Ok(());
+            return Ok(None);
         }
-        return halted(
+        let hint = format!("set the outbox's table to {published_as:?} in the configuration");
+        return Ok(Some(Problem::new(
+            "publication-other-table",
             format!("publication {name:?} publishes rows of {label} as those of {published_as}"),
-            format!("set the outbox's table to {published_as:?} in the configuration"),
-        );
+            hint.as_str(),
+            &[&format!("# {hint}")],
+        )));
     }
     if !filter.is_empty() {
-        let (schema, table) = outbox.name();
-        return halted(
+        return Ok(Some(Problem::new(
+            "publication-filter",
             format!("publication {name:?} leaves rows of {label} out by a row filter: {filter}"),
             format!(
-                "let the publication's owner run: ALTER PUBLICATION \"{name}\" DROP TABLE \"{schema}\".\"{table}\", and ADD \
-                 TABLE without WHERE; no row must be written in between. Where only some events are to be published, \
-                 write the others elsewhere"
+                "let the publication's owner run: {alter} DROP TABLE {relation}, and ADD TABLE without WHERE; no row must be \
+                 written in between. Where only some events are to be published, write the others elsewhere"
             ),
-        );
+            &[
+                "-- no row must be written until both are done:",
+                &format!("{alter} DROP TABLE {relation};"),
+                &format!("{alter} ADD TABLE {relation};"),
+            ],
+        )));
     }
-    verify_columns(connection, settings, &table, outbox)
+    of_columns(connection, settings, &table, outbox)
 }
 
-fn verify_columns(
+fn of_columns(
     connection: &mut Connection,
     settings: &Settings,
     table: &Table,
     outbox: &Outbox,
-) -> Result<(), Error> {
+) -> Result<Option<Problem>, Error> {
     let (name, label) = (&settings.publication, outbox.label());
     let (schema, relation) = outbox.name();
     let set = |rows: Vec<Vec<Option<String>>>| rows.into_iter().flatten().flatten().collect::<HashSet<_>>();
@@ -184,27 +258,43 @@ fn verify_columns(
     let published = set(connection.query(sql, &[name, schema, relation, &table.oid])?);
     for column in outbox.required_columns() {
         if !there.contains(column) {
-            return halted(
+            let hint = "mend the column's name in the configuration (the outbox's keys, its header_columns, or the topic \
+                        template), or add it to the table";
+            return Ok(Some(Problem::new(
+                "column-missing",
                 format!("the outbox {label} has no column {column:?}"),
-                "mend the column's name in the configuration (the outbox's keys, its header_columns, or the topic \
-                 template), or add it to the table",
-            );
+                hint,
+                &[&format!("# {hint}")],
+            )));
         }
     }
     let used = outbox.required_columns().chain(outbox.optional_columns().filter(|c| there.contains(*c)));
     for column in used {
         if !published.contains(column) {
-            return halted(
-                format!("publication {name:?} does not publish the column {column:?} of {label}"),
-                format!(
-                    "it has a column list, or the column is generated. Let the publication's owner add the column to the \
-                     list, or take the list away: ALTER PUBLICATION \"{name}\" SET TABLE \"{schema}\".\"{relation}\" \
-                     (with all its other tables)"
-                ),
+            let hint = format!(
+                "it has a column list, or the column is generated. Let the publication's owner add the column to the \
+                 list, or take the list away: ALTER PUBLICATION {} SET TABLE {}.{} (with all its other tables)",
+                quote_identifier(name),
+                quote_identifier(schema),
+                quote_identifier(relation)
             );
+            return Ok(Some(Problem::new(
+                "publication-no-column",
+                format!("publication {name:?} does not publish the column {column:?} of {label}"),
+                hint.as_str(),
+                &[
+                    "-- with all its other tables, too; a generated column has to become an ordinary one:",
+                    &format!(
+                        "ALTER PUBLICATION {} SET TABLE {}.{};",
+                        quote_identifier(name),
+                        quote_identifier(schema),
+                        quote_identifier(relation)
+                    ),
+                ],
+            )));
         }
     }
-    Ok(())
+    Ok(None)
 }
 
 /// The partitions of the outboxes, or tables that inherit from one, by schema and name: rows that come under such a
@@ -219,7 +309,7 @@ pub(crate) fn partitions(
                JOIN pg_namespace n ON n.oid = c.relnamespace WHERE tree.relid <> $1::text::oid";
     let mut found = HashSet::new();
     for outbox in &settings.source.outboxes {
-        let table = find_table(connection, outbox)?;
+        let Some(table) = find_table(connection, outbox)? else { continue };
         for row in connection.query(sql, &[&table.oid])? {
             if let [Some(schema), Some(name)] = row.as_slice() {
                 found.insert((schema.clone(), name.clone()));
@@ -248,7 +338,11 @@ fn create(connection: &mut Connection, settings: &Settings) -> Result<(), Error>
     }
     let mut is_partitioned = false;
     for outbox in outboxes {
-        is_partitioned |= find_table(connection, outbox)?.is_partitioned;
+        let Some(table) = find_table(connection, outbox)? else {
+            let Problem { what, hint, .. } = no_table(outbox);
+            return Err(Error::new(Kind::Halted, what).hint(hint));
+        };
+        is_partitioned |= table.is_partitioned;
     }
     let via_root = if is_partitioned { ", publish_via_partition_root = true" } else { "" };
     let statement = format!("{statement} WITH ({}{via_root})", publish(outboxes));

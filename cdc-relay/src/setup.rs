@@ -1,11 +1,15 @@
-//! What `init` makes, and what `accept-gap` gives up: the only two ways to a first checkpoint, or to one that does not
+//! What `init` makes, and what `accept-gap` gives up: the only ways to a first checkpoint, or to one that does not
 //! follow from the last.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::atomic::AtomicBool,
+    time::{Duration, Instant},
+};
 
 use relay_core::{Lsn, relay::Delivery};
 
 use crate::{
+    backfill::{self, Backfilled, Plan},
     config::Settings,
     creation,
     error::{Error, Kind},
@@ -98,11 +102,20 @@ impl<'a> Desk<'a> {
     /// and its first LSN is written down.
     ///
     /// # Errors
-    /// Halted when a checkpoint says that there was a slot, and there is none any more.
+    /// Halted when a checkpoint says that there was a slot, and there is none any more. Refused when another program, such as the
+    /// relay that this one is to follow, streams from a slot that has no checkpoint: that would soon be behind.
     pub(crate) fn init(mut self) -> Result<Report, Error> {
         let settings = self.settings;
         let publication = publication::make(&mut self.connection, settings)?;
+        if self.ledger.checkpoint.as_ref().is_some_and(|checkpoint| checkpoint.backfilling) {
+            // With the reason and the choices.
+            self.position(Lsn::ZERO)?;
+        }
         let (slot, confirmed) = if let Some(confirmed) = slot::find_slot(&mut self.connection, settings)? {
+            let holder = Slot::look(&mut self.connection, &settings.slot)?.and_then(|slot| slot.active_pid);
+            if let Some(pid) = holder.filter(|_| self.ledger.checkpoint.is_none()) {
+                return Err(held(settings, &pid));
+            }
             (Made::Existed, confirmed)
         } else {
             if let Some(checkpoint) = &self.ledger.checkpoint {
@@ -119,6 +132,50 @@ impl<'a> Desk<'a> {
             Made::Created
         };
         Ok(Report { publication, slot, confirmed, failover, checkpoint })
+    }
+
+    /// Makes a slot, publishes what was in the outboxes when it was made, and then writes the first checkpoint. What an
+    /// interrupted backfill left is done again from its beginning.
+    ///
+    /// # Errors
+    /// Refused where there is a slot that rows are published from.
+    pub(crate) fn backfill(mut self, plan: &Plan, stop: &AtomicBool) -> Result<(Report, Backfilled), Error> {
+        let settings = self.settings;
+        let publication = publication::make(&mut self.connection, settings)?;
+        backfill::rehearse(&mut self.connection, settings, plan)?;
+        let mut failover = settings.failover;
+        if let Some(slot) = self.slot()? {
+            let begun = self.ledger.checkpoint.as_ref().filter(|checkpoint| checkpoint.backfilling);
+            let Some(begun) = begun else { return Err(exists(settings, slot.is_lost)) };
+            tracing::warn!(
+                "the backfill of {} was interrupted and starts over with a new slot: what it has published, under the lsn header {}, \
+                 is published again",
+                begun.at,
+                begun.lsn
+            );
+            failover |= slot.is_failover;
+            self.connection.query("SELECT pg_drop_replication_slot($1)", &[&settings.slot])?;
+        }
+        let mut writer = Writer::new(self.owner(), self.system.timeline);
+        writer.generation = self.ledger.checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.generation + 1);
+        writer.backfilling = true;
+        // Before there is a slot that could be taken for one whose rows were published.
+        Scribe::new(settings)?.write(&writer.checkpoint(settings, self.system.wal_end.into()))?;
+        let (begins_at, exported) =
+            creation::make_exporting_slot(&mut self.connection, settings, failover, stop)?;
+        let under = backfill::commit_lsn(begins_at);
+        Scribe::new(settings)?.write(&writer.checkpoint(settings, under.into()))?;
+        let mut reader =
+            self.connection.beside(&settings.postgres, Purpose::Sql, settings.connect_timeout)?;
+        let place = (begins_at, &self.ledger, &writer);
+        let done = backfill::publish(&mut reader, settings, plan, &exported.snapshot, place, stop);
+        let done = done.map_err(|e| unfinished(settings, e))?;
+        drop(exported);
+        writer.backfilling = false;
+        Scribe::new(settings)?.write(&writer.checkpoint(settings, begins_at.into()))?;
+        let failover = if failover { Failover::On } else { Failover::Off };
+        let (slot, checkpoint) = (Made::Created, Made::Created);
+        Ok((Report { publication, slot, confirmed: begins_at, failover, checkpoint }, done))
     }
 
     /// The slot as it is.
@@ -190,6 +247,42 @@ impl<'a> Desk<'a> {
         let scribe = self.scribe.take().map_or_else(|| Scribe::new(self.settings), Ok)?;
         scribe.write(&writer.checkpoint(self.settings, lsn.into()))
     }
+}
+
+fn held(settings: &Settings, pid: &str) -> Error {
+    let slot = &settings.slot;
+    let what = format!(
+        "slot {slot:?} has no checkpoint of ours, and server process {pid} streams from it: what that one confirms from now on, no \
+         checkpoint would cover"
+    );
+    Error::new(Kind::Refused, what).hint(
+        "stop whatever streams from it, then run this again (SELECT * FROM pg_stat_activity WHERE pid = … says who it is)",
+    )
+}
+
+fn exists(settings: &Settings, is_lost: bool) -> Error {
+    let slot = &settings.slot;
+    let what = if is_lost {
+        format!("slot {slot:?} is lost, and still there: a backfill begins with a new one")
+    } else {
+        format!(
+            "slot {slot:?} exists: a backfill comes before the slot, which has what is committed from then on"
+        )
+    };
+    Error::new(Kind::Refused, what).hint(format!(
+        "to start over with what is in the outbox (all of it, or what --where says), which repeats what is published of that: stop every \
+         relay of it, SELECT pg_drop_replication_slot('{slot}'), then run this again"
+    ))
+}
+
+/// What is left when a backfill ends before its end.
+fn unfinished(settings: &Settings, error: Error) -> Error {
+    let hint = error.hint.as_deref().map(|hint| format!("{hint}. ")).unwrap_or_default();
+    let slot = &settings.slot;
+    error.hint(format!(
+        "{hint}Then run `cdc-relay init --backfill` again: it starts over with a new slot, and repeats. Until then slot {slot:?} keeps the \
+         server's log; to give up: SELECT pg_drop_replication_slot('{slot}')"
+    ))
 }
 
 fn dropped(settings: &Settings, checkpoint: &Checkpoint) -> Error {

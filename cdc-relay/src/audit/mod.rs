@@ -3,7 +3,6 @@
 //! First the rows' ids in one snapshot, then the end of the server's log, then the wait until the slot has confirmed that:
 //! what is in the snapshot and was to be published is in Kafka from then on. Only then the topics are read.
 
-mod rows;
 mod tally;
 mod topics;
 
@@ -21,7 +20,6 @@ use relay_core::{
 use serde::Serialize;
 
 use self::{
-    rows::Snapshot,
     tally::{BYTES_PER_ROW, NO_TOPIC, Tally},
     topics::{Reader, Topic},
 };
@@ -29,7 +27,9 @@ use crate::{
     config::Settings,
     error::{Error, Kind},
     replication::{connection::Connection, handshake::Purpose},
+    rows,
     slot::Slot,
+    snapshot::Snapshot,
 };
 
 /// The most rows that are compared: 1.1 GiB of memory.
@@ -174,7 +174,7 @@ fn expect(
     settings: &Settings,
     ask: &Ask,
 ) -> Result<(Tally, BTreeMap<String, u16>), Error> {
-    let mut snapshot = Snapshot::begin(connection, settings, ask.filter.as_deref())?;
+    let mut snapshot = Snapshot::begin(connection, settings, ask.filter.as_deref(), None)?;
     let count = snapshot.count()?;
     let narrow = |what: String| Error::new(Kind::Refused, what).hint("choose some of the rows with --where");
     if count > ROWS_LIMIT {
@@ -185,7 +185,7 @@ fn expect(
     }
     let mut tally = Tally::with_capacity(usize::try_from(count).unwrap_or(0));
     let mut numbers: BTreeMap<String, u16> = BTreeMap::new();
-    snapshot.read(|record, poison| {
+    rows::read(&mut snapshot, settings, "", |record, poison| {
         let number = if is_legal_topic(record.topic) {
             match numbers.get(record.topic) {
                 Some(number) => *number,
@@ -267,8 +267,8 @@ fn list_missing(
     topics: &BTreeMap<u16, Topic>,
 ) -> Result<(), Error> {
     let cut: HashSet<&str> = topics.values().filter(|t| t.is_cut()).map(|t| t.name.as_str()).collect();
-    let mut snapshot = Snapshot::begin(connection, settings, ask.filter.as_deref())?;
-    snapshot.read(|record: &Record<'_>, poison| {
+    let mut snapshot = Snapshot::begin(connection, settings, ask.filter.as_deref(), None)?;
+    rows::read(&mut snapshot, settings, "", |record: &Record<'_>, poison| {
         if tally.tell(record.topic, record.row_id.as_bytes()) && !cut.contains(record.topic) {
             report.list(Finding {
                 kind: "missing",

@@ -131,29 +131,17 @@ fn read_settings(connection: &mut Connection, names: &str) -> Result<BTreeMap<St
 fn examine_primary(server: &mut Server, settings: &Settings, report: &mut Report) -> Result<(), Error> {
     let (connection, place) = (&mut server.connection, &server.place);
     let name = &settings.slot;
-    match Slot::look(connection, name)? {
-        None => report.finding(
-            "slot-missing",
+    if Slot::look(connection, name)?.is_some_and(|slot| !slot.is_failover) {
+        let found = format!("slot {name:?} is not synchronised to standbys");
+        report.finding(
+            "slot-not-failover",
             place,
-            format!("there is no slot {name:?}"),
+            found,
             &[
-                "cdc-relay init         # where it never was",
-                "cdc-relay accept-gap   # where it was: says what would be given up",
+                "# stop every relay of this slot, then, with the relay's configuration:",
+                "CDC_RELAY_POSTGRES__FAILOVER=true cdc-relay init",
             ],
-        ),
-        Some(slot) if !slot.is_failover => {
-            let found = format!("slot {name:?} is not synchronised to standbys");
-            report.finding(
-                "slot-not-failover",
-                place,
-                found,
-                &[
-                    "# stop every relay of this slot, then, with the relay's configuration:",
-                    "CDC_RELAY_POSTGRES__FAILOVER=true cdc-relay init",
-                ],
-            );
-        }
-        Some(_) => {}
+        );
     }
     examine_standby_slots(connection, place, report)
 }

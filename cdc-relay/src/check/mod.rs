@@ -1,10 +1,19 @@
 //! What an operator should mend before it hurts, although the relay runs: a list of findings, each with what mends it.
 
+mod certificates;
 mod failover;
+mod kafka;
+mod server;
 
 use serde::Serialize;
 
-use crate::{config::Settings, error::Error};
+use self::kafka::InUse;
+use crate::{
+    config::Settings,
+    error::{Error, Kind},
+    kafka::Survey,
+    replication::{connection::Connection, handshake::Purpose},
+};
 
 /// Something that should be otherwise.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -37,17 +46,48 @@ impl Report {
         self.findings.push(Finding { name, server: server.to_string(), found: found.into(), mend });
     }
 
+    /// What could not be looked at at all, by two names: where nobody answers, and where somebody does and refuses.
+    fn error(&mut self, [away, refused]: [&'static str; 2], error: Error, look_at: &str) {
+        let name = if matches!(error.kind, Kind::Refused | Kind::Misconfigured) { refused } else { away };
+        let mend = format!("# {}", error.hint.as_deref().unwrap_or(look_at));
+        self.finding(name, &"", error.message, &[&mend]);
+    }
+
     fn note(&mut self, what: impl Into<String>) {
         self.notes.push(what.into());
     }
 }
 
-/// Looks at everything there is to look at. Changes nothing.
-///
-/// # Errors
-/// No server can be asked.
-pub(crate) fn examine(settings: &Settings) -> Result<Report, Error> {
+/// Looks at everything there is to look at, as far as somebody answers. Changes nothing.
+pub(crate) fn examine(settings: &Settings) -> Report {
     let mut report = Report::default();
-    failover::examine(settings, &mut report)?;
-    Ok(report)
+    certificates::examine_files(settings, &mut report);
+    let in_use = examine_postgres(settings, &mut report).unwrap_or_else(|e| {
+        report.error(
+            ["postgres-away", "postgres-refused"],
+            e,
+            "look whether the server runs, and at postgres.url",
+        );
+        InUse::default()
+    });
+    match Survey::begin(&settings.kafka) {
+        Ok(survey) => {
+            kafka::examine(&survey, settings, &in_use, &mut report);
+            certificates::examine_brokers(settings, &survey.brokers, &mut report);
+        }
+        Err(e) => {
+            report.error(["kafka-away", "kafka-refused"], e, "look whether Kafka runs, and at kafka.brokers");
+        }
+    }
+    report
+}
+
+fn examine_postgres(settings: &Settings, report: &mut Report) -> Result<InUse, Error> {
+    let connect = || Connection::connect(&settings.postgres, Purpose::Sql, settings.connect_timeout);
+    let mut connection = connect()?;
+    certificates::examine_postgres(&connection, report);
+    server::examine(&mut connection, settings, report)?;
+    failover::examine(settings, report)?;
+    // Of its own: what cannot be read leaves a connection that is of no more use.
+    kafka::topics_in_use(&mut connect()?, settings, report)
 }

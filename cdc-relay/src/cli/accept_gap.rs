@@ -98,7 +98,7 @@ pub(super) fn accept_gap(settings: &Settings, command: &AcceptGap) -> Result<(),
     let mut desk = desk.map_err(Error::into_failure)?;
     let found = look(&mut desk, command).map_err(Error::into_failure)?;
     if command.json {
-        println!("{}", found.as_json(&settings.slot));
+        service::say!("{}", found.as_json(&settings.slot));
     } else {
         found.print(&settings.slot, command.yes);
     }
@@ -110,7 +110,7 @@ pub(super) fn accept_gap(settings: &Settings, command: &AcceptGap) -> Result<(),
     }
     let lsn = carry_out(&mut desk, plan).map_err(Error::into_failure)?;
     if !command.json {
-        println!("{:<12} {lsn}", "checkpoint");
+        service::say!("{:<12} {lsn}", "checkpoint");
     }
     Ok(())
 }
@@ -166,37 +166,41 @@ impl Found {
     fn print(&self, name: &str, yes: bool) {
         match &self.checkpoint {
             Some(c) => {
-                println!(
+                service::say!(
                     "{:<12} {} ({}, {}, timeline {})",
-                    "checkpoint", c.lsn, c.at, c.instance, c.timeline
+                    "checkpoint",
+                    c.lsn,
+                    c.at,
+                    c.instance,
+                    c.timeline
                 );
             }
-            None => println!("{:<12} none", "checkpoint"),
+            None => service::say!("{:<12} none", "checkpoint"),
         }
         match &self.slot {
-            None => println!("{:<12} {name:?} does not exist", "slot"),
+            None => service::say!("{:<12} {name:?} does not exist", "slot"),
             Some(Slot { confirmed: Some(confirmed), is_lost: false, .. }) => {
-                println!("{:<12} {name:?}, confirmed LSN {confirmed}", "slot");
+                service::say!("{:<12} {name:?}, confirmed LSN {confirmed}", "slot");
             }
             Some(_) => {
-                println!(
+                service::say!(
                     "{:<12} {name:?} is lost: the server has removed the log that it still needed",
                     "slot"
                 );
             }
         }
         if let Some(doubt) = &self.doubt {
-            println!("{:<12} {doubt}", "in doubt");
+            service::say!("{:<12} {doubt}", "in doubt");
         }
         if let Some(foreign) = &self.foreign {
             print_events(foreign);
         }
         match &self.plan {
-            Some(plan) => println!("{:<12} {plan}", if yes { "doing" } else { "would" }),
+            Some(plan) => service::say!("{:<12} {plan}", if yes { "doing" } else { "would" }),
             None if self.is_covered => {
-                println!("nothing to accept: all of that is published already, or was given up before");
+                service::say!("nothing to accept: all of that is published already, or was given up before");
             }
-            None => println!("nothing to accept: slot and checkpoint belong together"),
+            None => service::say!("nothing to accept: slot and checkpoint belong together"),
         }
     }
 
@@ -218,7 +222,7 @@ impl Found {
 
 /// Every one of them.
 fn print_events(foreign: &Foreign) {
-    println!("{:<12} {}", "Kafka only", foreign.describe());
+    service::say!("{:<12} {}", "Kafka only", foreign.describe());
     let row = |event: &Event| {
         [
             event.lsn.to_string(),
@@ -234,9 +238,9 @@ fn print_events(foreign: &Foreign) {
         table::print(["LSN", "SEQ", "ID", "TYPE", "AGGREGATE", "TOPIC/PARTITION/OFFSET"], &rows);
     }
     if foreign.more > 0 {
-        println!("and {} more", foreign.more);
+        service::say!("and {} more", foreign.more);
     }
     for (topic, why) in &foreign.unread {
-        println!("{:<12} topic {topic}: {why}", "not read");
+        service::say!("{:<12} topic {topic}: {why}", "not read");
     }
 }

@@ -37,7 +37,7 @@ pub(super) fn audit(settings: &Settings, audit: &Audit) -> Result<(), Failure> {
     let ask = Ask { filter: audit.filter.clone(), wait: Duration::from_secs(audit.wait) };
     let report = audit::audit(settings, &ask).map_err(Error::into_failure)?;
     if audit.json {
-        println!("{}", json!(report));
+        service::say!("{}", json!(report));
     } else {
         print(&report);
     }
@@ -71,9 +71,9 @@ fn print(report: &Report) {
         ("  OUT OF ORDER", report.out_of_order),
     ];
     for (name, count) in figures {
-        println!("{name:<24} {count:>12}");
+        service::say!("{name:<24} {count:>12}");
     }
-    println!("{:<24} {:>12}", "committed before", report.compared_to);
+    service::say!("{:<24} {:>12}", "committed before", report.compared_to);
     let cell = |text: &str| cut(&or_dash(text), CELL_CHARS);
     let row = |f: &Finding| {
         let place = match (f.partition, f.offset) {
@@ -83,15 +83,15 @@ fn print(report: &Report) {
         [f.kind.to_owned(), cell(&f.id), cell(&f.key), place, or_dash(&f.detail)]
     };
     if !report.findings.is_empty() {
-        println!();
+        service::say!();
         let rows: Vec<_> = report.findings.iter().take(SHOWN).map(row).collect();
         table::print(["FINDING", "ID", "KEY", "WHERE", "DETAIL"], &rows);
     }
     let hidden = report.found().saturating_sub(report.findings.len().min(SHOWN) as u64);
     if hidden > 0 {
-        println!("… and {hidden} more; --json names up to a thousand of each kind");
+        service::say!("… and {hidden} more; --json names up to a thousand of each kind");
     }
     for note in &report.notes {
-        println!("\nnote: {}", printable(note));
+        service::say!("\nnote: {}", printable(note));
     }
 }

@@ -1,15 +1,11 @@
 //! `cdc-relay check`
 
 use serde_json::json;
-use service::{
-    Failure, exit,
-    table::{self, or_dash, printable},
-};
+use service::{Failure, exit, table::printable};
 
 use crate::{
-    check::{self, Finding, Report},
+    check::{self, Report},
     config::Settings,
-    error::Error,
 };
 
 #[derive(Debug, clap::Args)]
@@ -21,9 +17,9 @@ pub(super) struct Check {
 
 /// Prints what was found and what mends it.
 pub(super) fn check(settings: &Settings, check: &Check) -> Result<(), Failure> {
-    let report = check::examine(settings).map_err(Error::into_failure)?;
+    let report = check::examine(settings);
     if check.json {
-        println!("{}", json!(report));
+        service::say!("{}", json!(report));
     } else {
         print(&report);
     }
@@ -37,17 +33,18 @@ pub(super) fn check(settings: &Settings, check: &Check) -> Result<(), Failure> {
 }
 
 fn print(Report { findings, notes }: &Report) {
-    let row = |f: &Finding| [f.name.to_owned(), or_dash(&f.server), printable(&f.found)];
     if findings.is_empty() {
-        println!("nothing was found that has to be mended");
-    } else {
-        table::print(["FINDING", "SERVER", "FOUND"], &findings.iter().map(row).collect::<Vec<_>>());
+        service::say!("nothing was found that has to be mended");
     }
-    for finding in findings {
-        println!("\n{} {}", finding.name, finding.server);
-        finding.mend.iter().for_each(|line| println!("    {line}"));
+    for (i, finding) in findings.iter().enumerate() {
+        if i > 0 {
+            service::say!();
+        }
+        service::say!("{}", format!("{}  {}", finding.name, finding.server).trim_end());
+        service::say!("  {}", printable(&finding.found));
+        finding.mend.iter().for_each(|line| service::say!("    {line}"));
     }
     for note in notes {
-        println!("\nnote: {}", printable(note));
+        service::say!("\nnote: {}", printable(note));
     }
 }

@@ -75,16 +75,17 @@ enum Command {
     /// Stream until asked to stop (SIGTERM, SIGINT). This is the default.
     Run,
     /// Create the publication, the slot, the relay's own topics and the first checkpoint where they are missing.
-    Init,
+    Init(init::Init),
     /// Go on although something may be missing: after a slot was lost, dropped, moved or restored, or past a transaction
     /// that cannot be published.
     ///
     /// Without --yes it only says what it would do, and exits with 65 if that is anything.
     AcceptGap(accept_gap::AcceptGap),
-    /// Look for what should be mended before it hurts, and say what mends it: at present, what the slot still needs to
-    /// survive the promotion of a standby.
+    /// Look for what should be mended before it hurts, and say what mends it.
     ///
-    /// Changes nothing. Exits with 65 if anything was found.
+    /// The server's settings, the role's rights, the publication, the slot, what retention needs, the topics, their replicas and
+    /// limits, certificates that end, and what the slot needs to survive the promotion of a standby. Changes nothing. Exits
+    /// with 65 if anything was found.
     Check(check::Check),
     /// Compare the outbox's rows with the topics by their ids: what is missing, what is there twice, what is out of order.
     ///
@@ -154,17 +155,17 @@ pub(crate) fn main() -> ExitCode {
 
 fn carry_out(cli: Cli) -> Result<(), Failure> {
     if let Some(Command::Config { command: ConfigCommand::Example }) = cli.command {
-        print!("{EXAMPLE}");
+        service::say!("{}", EXAMPLE.trim_end());
         return Ok(());
     }
     let check_only = cli.options.check_config;
     let settings = cli.options.load()?;
     if check_only {
-        println!("the configuration is good");
+        service::say!("the configuration is good");
         return Ok(());
     }
     match cli.command {
-        Some(Command::Init) => init::init(&settings),
+        Some(Command::Init(command)) => init::init(&settings, command),
         Some(Command::AcceptGap(command)) => accept_gap::accept_gap(&settings, &command),
         Some(Command::Check(check)) => check::check(&settings, &check),
         Some(Command::Audit(audit)) => audit::audit(&settings, &audit),

@@ -96,7 +96,7 @@ pub(super) fn probe(settings: &Settings, probe: &Probe) -> Result<(), Failure> {
     } else {
         measured.table()
     };
-    println!("{text}");
+    service::say!("{text}");
     Ok(())
 }
 

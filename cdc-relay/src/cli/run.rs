@@ -7,7 +7,7 @@ use std::{
 
 use service::{Failure, Health, access, exit::Kind, fleet::Fleet, health, http, metrics, shutdown::Shutdown};
 
-use crate::{admin::Metrics, config::Settings, dlq, monitor, sessions, shared::Shared, wait};
+use crate::{admin::Metrics, config::Settings, dlq, monitor, retention, sessions, shared::Shared, wait};
 
 /// How long a stop waits for what has nothing to save.
 const LEAVE_GRACE: Duration = Duration::from_secs(5);
@@ -48,6 +48,9 @@ pub(super) fn run(settings: Settings) -> Result<(), Failure> {
         let (stop_monitor, monitor_stopped) = mpsc::channel::<()>();
         let watched = shared.clone();
         let monitor = spawn("monitor", move || monitor::run(&watched, &monitor_stopped))?;
+        let (stop_retention, retention_stopped) = mpsc::channel::<()>();
+        let cleaned = shared.clone();
+        let retention = spawn("retention", move || retention::run(&cleaned, &retention_stopped))?;
         let piped = shared.clone();
         let pipeline = spawn("pipeline", move || {
             let result = sessions::run(&piped, &wakeups);
@@ -62,12 +65,15 @@ pub(super) fn run(settings: Settings) -> Result<(), Failure> {
         // A connection attempt that hangs is not waited for: nothing is lost by leaving it.
         let grace = shared.settings.drain_grace + LEAVE_GRACE;
         let result = tokio::time::timeout(grace, join(pipeline)).await;
-        drop(stop_monitor);
+        drop((stop_monitor, stop_retention));
         let watched = tokio::time::timeout(LEAVE_GRACE, join(monitor)).await;
+        // A statement that is under way is the server's, which ends it or takes it back.
+        let cleaned = tokio::time::timeout(LEAVE_GRACE, join(retention)).await;
         http_trigger.request();
         let served = tokio::time::timeout(LEAVE_GRACE, serving).await;
         result.unwrap_or(Ok(Ok(())))??;
         watched.unwrap_or(Ok(()))?;
+        cleaned.unwrap_or(Ok(()))?;
         match served {
             Ok(Err(e)) => Err(Failure::new(Kind::Internal, format!("the HTTP server: {e}"))),
             // Or a client that holds its connection open.

@@ -28,7 +28,7 @@ pub(super) fn status(settings: &Settings, status: &Status) -> Result<(), Failure
     let url = relay_url(settings, status.relay.as_deref());
     let found = status::look(settings, &url).map_err(Error::into_failure)?;
     if status.json {
-        println!("{}", json!(found));
+        service::say!("{}", json!(found));
     } else {
         print(&found);
     }
@@ -37,7 +37,7 @@ pub(super) fn status(settings: &Settings, status: &Status) -> Result<(), Failure
 
 fn print(status: &Look) {
     let line = |name: &str, value: Option<String>| {
-        println!("{name:<16} {}", or_dash(&value.unwrap_or_default()));
+        service::say!("{name:<16} {}", or_dash(&value.unwrap_or_default()));
     };
     let seconds = |seconds: Option<f64>| seconds.map(|seconds| format!("{seconds:.1} s"));
     let lsn = |bytes: Option<i64>, lsn: &Option<String>| {
@@ -98,6 +98,6 @@ fn print(status: &Look) {
     });
     line("  errors so far", errors);
     for note in &status.notes {
-        println!("note: {}", or_dash(note));
+        service::say!("note: {}", or_dash(note));
     }
 }

@@ -43,7 +43,7 @@ pub(crate) fn create_topics(config: &KafkaConfig, topics: &[NewTopic<'_>]) -> Re
     let native: Vec<_> = topics.iter().map(native).collect();
     let options = AdminOptions::new().request_timeout(Some(TIMEOUT)).operation_timeout(Some(TIMEOUT));
     let results = runtime.block_on(admin.create_topics(&native, &options)).map_err(|e| {
-        if let Some(refused) = refusal(config, topics) {
+        if let Some(refused) = topics.first().and_then(|topic| refusal(config, topic.name)) {
             return refused;
         }
         let what = format!("Kafka at {} cannot be asked to create topics: {e}", config.brokers);
@@ -64,10 +64,10 @@ pub(crate) fn create_topics(config: &KafkaConfig, topics: &[NewTopic<'_>]) -> Re
 }
 
 /// Whether we are refused: the admin client cannot be asked what became of its connections, so another one tries.
-fn refusal(config: &KafkaConfig, topics: &[NewTopic<'_>]) -> Option<Error> {
+pub(super) fn refusal(config: &KafkaConfig, topic: &str) -> Option<Error> {
     let visitor: BaseConsumer<Visitor> =
         reader_config(config).create_with_context(Visitor::default()).ok()?;
-    let _ = visitor.fetch_metadata(Some(topics.first()?.name), REFUSAL_TIMEOUT);
+    let _ = visitor.fetch_metadata(Some(topic), REFUSAL_TIMEOUT);
     // What happened is told while it is polled, one thing at a time.
     (0..POLLS).find_map(|_| {
         let _ = visitor.poll(POLL);

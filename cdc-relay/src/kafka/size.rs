@@ -11,7 +11,7 @@ pub(super) const HEADER_MOST_BYTES: usize = 10;
 
 /// The size of a batch that holds this record alone, uncompressed: what the broker compares with the topic's
 /// `max.message.bytes`.
-pub(super) fn batch_bytes(record: &Record<'_>) -> usize {
+pub(crate) fn batch_bytes(record: &Record<'_>) -> usize {
     let sized = |bytes: Option<&[u8]>| match bytes {
         // A length of -1 is null.
         None => 1,

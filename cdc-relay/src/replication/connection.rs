@@ -82,6 +82,11 @@ impl Connection {
         &self.place
     }
 
+    /// In DER form, where the connection has TLS.
+    pub(crate) fn server_certificate(&self) -> Option<Vec<u8>> {
+        Some(self.wire.transport().tls()?.peer_certificates()?.first()?.to_vec())
+    }
+
     /// What tells a running server from any other: when it was started, in microseconds.
     pub(crate) fn server(&mut self) -> Result<Vec<TextRow>, Error> {
         self.simple_query("SELECT extract(epoch FROM pg_postmaster_start_time())")
@@ -146,10 +151,36 @@ impl Connection {
         self.answer()
     }
 
+    /// Runs one statement without parameters, and hands over each row as it comes: nothing is kept, and the server
+    /// waits while a row is handled.
+    ///
+    /// # Errors
+    /// The server's, or what `take` says, after which the connection is of no more use.
+    pub(crate) fn each_row(
+        &mut self,
+        sql: &str,
+        take: impl FnMut(Values<'_>) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        self.send_query(sql)?;
+        self.read_answer(take)
+    }
+
     fn answer(&mut self) -> Result<Vec<TextRow>, Error> {
+        let mut rows = Vec::new();
+        self.read_answer(|values| {
+            if rows.len() < ROWS_LIMIT {
+                let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
+                rows.push(values.map(|value| value.map(text)).collect());
+            }
+            Ok(())
+        })?;
+        Ok(rows)
+    }
+
+    fn read_answer(&mut self, mut take: impl FnMut(Values<'_>) -> Result<(), Error>) -> Result<(), Error> {
         let io = |e: io::Error| Error::postgres_io("the connection to Postgres failed", &e);
         self.wire.flush().map_err(io)?;
-        let (mut rows, mut failed) = (Vec::new(), None);
+        let mut failed = None;
         loop {
             let Some((tag, body)) = self.wire.next_frame().map_err(io)? else {
                 if self.wire.fill().map_err(io)? == Fill::Empty {
@@ -158,7 +189,7 @@ impl Connection {
                 continue;
             };
             match tag {
-                b'D' if rows.len() < ROWS_LIMIT => rows.push(text_row(body).map_err(io)?),
+                b'D' => take(Values::parse(body).map_err(io)?)?,
                 b'E' => {
                     let error = server_error(body);
                     // A fatal error is the connection's last message; an ordinary one is followed by ReadyForQuery.
@@ -167,7 +198,7 @@ impl Connection {
                     }
                     failed = Some(error);
                 }
-                b'Z' => return failed.map_or(Ok(rows), Err),
+                b'Z' => return failed.map_or(Ok(()), Err),
                 _ => {}
             }
         }
@@ -199,22 +230,58 @@ fn none_will_do(mut failures: Vec<Error>) -> Error {
     Error::new(Kind::PostgresAway, format!("no host of postgres.url will do: {}", said.join("; ")))
 }
 
-fn text_row(body: &[u8]) -> io::Result<TextRow> {
-    let damaged = || io::Error::new(io::ErrorKind::InvalidData, "a damaged row");
-    let (count, mut rest) = body.split_first_chunk().ok_or_else(damaged)?;
-    let mut row = Vec::new();
-    for _ in 0..u16::from_be_bytes(*count) {
-        let (length, after) = rest.split_first_chunk().ok_or_else(damaged)?;
-        let length = i32::from_be_bytes(*length);
-        rest = after;
-        row.push(match usize::try_from(length) {
-            Err(_) => None,
-            Ok(length) => {
-                let (value, after) = rest.split_at_checked(length).ok_or_else(damaged)?;
-                rest = after;
-                Some(String::from_utf8_lossy(value).into_owned())
-            }
-        });
+/// The values of a row, in the order of its columns: text, or None for NULL.
+#[derive(Debug, Clone)]
+pub(crate) struct Values<'a> {
+    left: u16,
+    rest: &'a [u8],
+}
+
+impl<'a> Values<'a> {
+    /// Of the body of a `DataRow`, which is looked at to its end.
+    fn parse(body: &'a [u8]) -> io::Result<Self> {
+        let damaged = || io::Error::new(io::ErrorKind::InvalidData, "a damaged row");
+        let (count, rest) = body.split_first_chunk().ok_or_else(damaged)?;
+        let values = Self { left: u16::from_be_bytes(*count), rest };
+        let mut walked = values.clone();
+        if walked.by_ref().count() == usize::from(values.left) { Ok(values) } else { Err(damaged()) }
     }
-    Ok(row)
+}
+
+impl<'a> Iterator for Values<'a> {
+    type Item = Option<&'a [u8]>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.left = self.left.checked_sub(1)?;
+        let (length, rest) = self.rest.split_first_chunk()?;
+        // -1 is NULL.
+        let Ok(length) = usize::try_from(i32::from_be_bytes(*length)) else {
+            self.rest = rest;
+            return Some(None);
+        };
+        let (value, rest) = rest.split_at_checked(length)?;
+        self.rest = rest;
+        Some(Some(value))
+    }
+
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        (usize::from(self.left), Some(usize::from(self.left)))
+    }
+}
+
+impl ExactSizeIterator for Values<'_> {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_is_whole_or_damaged() {
+        let body = b"\0\x03\0\0\0\x02ab\xff\xff\xff\xff\0\0\0\0";
+        let values = Values::parse(body).unwrap();
+        assert_eq!(values.collect::<Vec<_>>(), [Some(&b"ab"[..]), None, Some(&b""[..])]);
+        for cut in 0..body.len() {
+            assert!(Values::parse(&body[..cut]).is_err(), "{cut}");
+        }
+    }
 }

@@ -3,11 +3,12 @@
 
 pub(crate) mod connection;
 pub(crate) mod conninfo;
+pub(crate) mod encode;
 pub(crate) mod handshake;
 pub(crate) mod pace;
 pub(crate) mod place;
 mod server_error;
 pub(crate) mod stream;
-mod tls;
+pub(crate) mod tls;
 mod transport;
 mod wire;

@@ -63,6 +63,23 @@ pub(super) fn client(info: &ConnInfo, host: &str) -> Result<ClientConnection, Er
     ClientConnection::new(Arc::new(config), name).map_err(|e| bad(format!("TLS cannot be set up: {e}")))
 }
 
+/// A TLS client that takes whatever certificate it is shown: to look at it, and for nothing else.
+///
+/// # Errors
+/// Misconfigured: the host is no name.
+pub(crate) fn onlooker(host: &str) -> Result<ClientConnection, Error> {
+    let bad = |what: String| Error::new(Kind::Misconfigured, what);
+    let provider = Arc::new(provider::default_provider());
+    let builder =
+        ClientConfig::builder_with_provider(Arc::clone(&provider)).with_safe_default_protocol_versions();
+    let builder = builder.map_err(|e| bad(format!("TLS cannot be set up: {e}")))?;
+    let verifier = Arc::new(Verifier { chain: None, name: false, provider });
+    let config = builder.dangerous().with_custom_certificate_verifier(verifier).with_no_client_auth();
+    let name = ServerName::try_from(host.to_owned())
+        .map_err(|e| bad(format!("the host {host:?} is no name for TLS: {e}")))?;
+    ClientConnection::new(Arc::new(config), name).map_err(|e| bad(format!("TLS cannot be set up: {e}")))
+}
+
 fn roots(info: &ConnInfo) -> Result<RootCertStore, Error> {
     let mut roots = RootCertStore::empty();
     match &info.ssl_root_cert {

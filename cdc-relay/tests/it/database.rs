@@ -123,6 +123,10 @@ impl Database {
         self.runtime.block_on(self.connection.fetch_one(sqlx::AssertSqlSafe(sql.to_owned()))).unwrap()
     }
 
+    pub(crate) fn rows(&mut self, sql: &str) -> Vec<PgRow> {
+        self.runtime.block_on(self.connection.fetch_all(sqlx::AssertSqlSafe(sql.to_owned()))).unwrap()
+    }
+
     pub(crate) fn text(&mut self, sql: &str) -> String {
         self.row(sql).get(0)
     }

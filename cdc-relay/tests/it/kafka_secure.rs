@@ -202,6 +202,7 @@ fn kafkas_certificates_passwords_and_permissions_are_held_and_a_refusal_says_wha
         scope.spawn(|| permissions_of_transactions(secure));
         scope.spawn(|| without_permissions(secure));
         scope.spawn(|| a_refusal_that_heals_is_forgotten(secure));
+        scope.spawn(|| a_certificate_that_is_over_is_told(secure));
         let certificate = secure.ours.certificate("relay", 2099);
         publishes(secure, mutual, &with(secure.tls(), &client_certificate(&certificate)));
     });
@@ -283,6 +284,22 @@ fn without_permissions(secure: &Secure) {
     let mut relay = relay(&database, &secure.scram, &secure.sasl("guest", PASSWORD));
     assert_eq!(relay.wait().code(), Some(69), "{}", relay.log());
     assert!(relay.log().contains("kafka-acls.sh --add --producer"), "{}", relay.log());
+}
+
+/// By `cdc-relay check`, whether or not anybody minds; also where the broker wants one of ours first.
+fn a_certificate_that_is_over_is_told(secure: &Secure) {
+    let database = secure.database();
+    let found = |brokers: &str, properties: &Properties<'_>| {
+        let environment = environment(brokers, properties);
+        let output = command(&database).args(["check", "--json"]).envs(environment).output().unwrap();
+        let report = String::from_utf8(output.stdout).unwrap();
+        assert!(!report.contains("was not seen"), "{report}");
+        report.contains("the broker's certificate is over since 2021-12-31")
+    };
+    let unchecked = with(secure.tls(), &[("enable.ssl.certificate.verification", "false")]);
+    assert!(found(&secure.expired, &unchecked));
+    let certificate = secure.ours.certificate("looks", 2099);
+    assert!(!found(&secure.mutual, &with(secure.tls(), &client_certificate(&certificate))));
 }
 
 fn a_refusal_that_heals_is_forgotten(secure: &Secure) {

@@ -4,12 +4,14 @@
 #![allow(clippy::unwrap_used)]
 
 mod audit;
+mod backfill;
 mod certificates;
 mod check;
 mod checkpoints;
 mod database;
 mod delivery;
 mod dlq;
+mod doctor;
 mod exactly_once;
 mod extremes;
 mod failover;
@@ -26,12 +28,14 @@ mod metrics;
 mod network;
 mod open_transactions;
 mod pair;
+mod pipe;
 mod poison;
 mod position;
 mod privileges;
 mod probe;
 mod relay;
 mod restore;
+mod retention;
 mod shapes;
 mod shapes_refused;
 mod shutdown;

@@ -5,7 +5,7 @@ use std::{
     io::Write as _,
     net::TcpListener,
     os::unix::{
-        fs::{MetadataExt as _, chown},
+        fs::{MetadataExt as _, PermissionsExt as _, chown},
         process::CommandExt as _,
     },
     path::{Path, PathBuf},
@@ -102,6 +102,29 @@ impl Server {
         ask(&self.url(), sql)
     }
 
+    /// Makes its files; it does not run yet.
+    fn make(installation: &Installation, dir: &Path, name: &str) -> Self {
+        let server = Self::new(dir, name);
+        let mut initdb = installation.command("initdb");
+        initdb.args([
+            "--username=postgres",
+            "--auth=trust",
+            "--encoding=UTF8",
+            "--locale=C",
+            "--no-sync",
+            "-D",
+        ]);
+        let made = initdb.arg(&server.data).output().unwrap();
+        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+        server.configure(&[
+            ("listen_addresses", "127.0.0.1"),
+            ("unix_socket_directories", ""),
+            ("wal_level", "logical"),
+            ("fsync", "off"),
+        ]);
+        server
+    }
+
     fn configure(&self, settings: &[Setting<'_>]) {
         let mut file = fs::File::options().append(true).open(self.data.join("postgresql.conf")).unwrap();
         for (name, value) in settings {
@@ -169,24 +192,8 @@ impl Pair {
     pub(crate) fn start(primary_settings: &[Setting<'_>], standby_settings: &[Setting<'_>]) -> Self {
         let (installation, dir) = (Installation::find(), folder("pair"));
         installation.own(&dir);
-        let (mut primary, mut standby) = (Server::new(&dir, "primary"), Server::new(&dir, "standby"));
-        let mut initdb = installation.command("initdb");
-        initdb.args([
-            "--username=postgres",
-            "--auth=trust",
-            "--encoding=UTF8",
-            "--locale=C",
-            "--no-sync",
-            "-D",
-        ]);
-        let made = initdb.arg(&primary.data).output().unwrap();
-        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
-        primary.configure(&[
-            ("listen_addresses", "127.0.0.1"),
-            ("unix_socket_directories", ""),
-            ("wal_level", "logical"),
-            ("fsync", "off"),
-        ]);
+        let mut primary = Server::make(&installation, &dir, "primary");
+        let mut standby = Server::new(&dir, "standby");
         // The first start is over before the copy.
         primary.start(&installation);
         primary.stop();
@@ -274,6 +281,54 @@ impl Pair {
     pub(crate) fn come_back(&mut self) {
         self.primary.start(&Installation::find());
         self.database.move_to(self.primary.port);
+    }
+}
+
+/// A server of a test's own, whose settings are in its files, so that SQL can change them.
+pub(crate) struct Alone {
+    pub(crate) server: Server,
+    installation: Installation,
+    dir: PathBuf,
+}
+
+impl Alone {
+    pub(crate) fn start(settings: &[Setting<'_>]) -> Self {
+        let (installation, dir) = (Installation::find(), folder("alone"));
+        installation.own(&dir);
+        let mut server = Server::make(&installation, &dir, "server");
+        server.configure(settings);
+        server.start(&installation);
+        Self { server, installation, dir }
+    }
+
+    /// A database on it.
+    pub(crate) fn database(&self) -> Database {
+        Database::on(&Servers { postgres: self.server.url(), ..Servers::shared() })
+    }
+
+    pub(crate) fn restart(&mut self) {
+        self.server.stop();
+        self.server.start(&self.installation);
+    }
+
+    /// Copies a file to where the server may read it.
+    pub(crate) fn give(&self, file: &Path) -> PathBuf {
+        let path = self.server.data.join(file.file_name().unwrap());
+        fs::copy(file, &path).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+        self.installation.own(&path);
+        path
+    }
+}
+
+impl Drop for Alone {
+    fn drop(&mut self) {
+        self.server.kill();
+        if std::thread::panicking() {
+            eprintln!("the server's log is in {}", self.dir.display());
+        } else {
+            let _ = fs::remove_dir_all(&self.dir);
+        }
     }
 }
 

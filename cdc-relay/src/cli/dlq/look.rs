@@ -50,7 +50,7 @@ pub(super) fn list(settings: &Settings, list: &List) -> Result<(), Failure> {
     entries.drain(..hidden);
     if list.json {
         for entry in &entries {
-            println!("{}", json!(entry));
+            service::say!("{}", json!(entry));
         }
         return Ok(());
     }
@@ -84,9 +84,9 @@ pub(super) fn show(settings: &Settings, show: &Show) -> Result<(), Failure> {
             .hint("`cdc-relay dlq list --state any` tells which there are"));
     };
     if show.json {
-        println!("{}", as_json(&entry, &message));
+        service::say!("{}", as_json(&entry, &message));
     } else {
-        print!("{}", as_text(&entry, &message));
+        service::say!("{}", as_text(&entry, &message).trim_end());
     }
     Ok(())
 }

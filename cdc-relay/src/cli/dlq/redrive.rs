@@ -106,7 +106,7 @@ impl Selection {
             self.tell(&report);
         }
         if sum.letters == 0 && !self.json {
-            println!("there are no such letters");
+            service::say!("there are no such letters");
         }
         if sum.open > 0 {
             let what = format!("{} of {} letters stay open", sum.open, sum.letters);
@@ -178,7 +178,7 @@ impl Selection {
 
     fn tell(&self, report: &Report) {
         if self.json {
-            println!("{}", serde_json::json!(report));
+            service::say!("{}", serde_json::json!(report));
             return;
         }
         if !report.letters.is_empty() {
@@ -194,10 +194,10 @@ impl Selection {
         let name = |a: &Aggregate| table::printable(&format!("{}/{}", a.kind, a.id));
         let freed = if self.dry_run { "would be freed" } else { "freed" };
         for aggregate in &report.freed {
-            println!("{freed}: {}", name(aggregate));
+            service::say!("{freed}: {}", name(aggregate));
         }
         for aggregate in &report.still_parked {
-            println!("still parked: {}, {} letters are open", name(aggregate), aggregate.open_letters);
+            service::say!("still parked: {}, {} letters are open", name(aggregate), aggregate.open_letters);
         }
     }
 }
