@@ -109,6 +109,7 @@ pub(crate) struct Metrics {
     pub(crate) postgres_up: MaybeGauge,
     pub(crate) parked_aggregates: MaybeGauge,
     pub(crate) redriven: Counter,
+    pub(crate) replayed: Counter,
     /// Of the oldest transaction that is not in Kafka.
     pub(crate) lag: Age,
     acknowledgement: Durations,
@@ -149,6 +150,7 @@ impl Default for Metrics {
             postgres_up: MaybeGauge::default(),
             parked_aggregates: MaybeGauge::default(),
             redriven: Counter::default(),
+            replayed: Counter::default(),
             lag: Age::default(),
             acknowledgement: Durations::default(),
             commit_to_acknowledgement: Durations::default(),
@@ -298,6 +300,11 @@ impl Metrics {
             "redriven_rows",
             "Dead letters that were published to their topic after all",
             self.redriven.clone(),
+        );
+        r.register(
+            "replayed_records",
+            "Records that were published once more because somebody asked for it",
+            self.replayed.clone(),
         );
         r.register(
             "retention_deleted_rows",

@@ -5,7 +5,6 @@
 //! no transaction of Kafka: an interrupted backfill starts over with another snapshot, and repeats.
 
 use std::{
-    str::FromStr,
     sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
 };
@@ -13,7 +12,6 @@ use std::{
 use relay_core::{
     Lsn, Relay,
     checkpoint::Mark,
-    outbox::{Field, Outbox},
     progress::Ticket,
     relay::{Delivery, Options, Past},
     source,
@@ -28,8 +26,8 @@ use crate::{
     kafka::Producer,
     ledger::{Ledger, Writer},
     placing::{Placed, place, place_again},
-    replication::{connection::Connection, encode::Encoder, stream::quote_identifier},
-    snapshot::{Column, Snapshot},
+    replication::{connection::Connection, encode::Encoder},
+    snapshot::{Column, OrderBy, Snapshot},
     start::Memory,
     wait::{self, Wakeups},
 };
@@ -53,40 +51,6 @@ pub(crate) struct Plan {
     pub(crate) filter: Option<String>,
 }
 
-/// In which order: columns, and whether each is descending.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct OrderBy(Vec<(String, bool)>);
-
-impl FromStr for OrderBy {
-    type Err = String;
-
-    /// `created_at, seq desc`
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let column = |part: &str| {
-            let words: Vec<_> = part.split_whitespace().collect();
-            match words.as_slice() {
-                [name] => Ok(((*name).to_owned(), false)),
-                [name, way] if way.eq_ignore_ascii_case("asc") => Ok(((*name).to_owned(), false)),
-                [name, way] if way.eq_ignore_ascii_case("desc") => Ok(((*name).to_owned(), true)),
-                _ => Err(format!("{part:?} is not a column, perhaps with asc or desc behind it")),
-            }
-        };
-        text.split(',').map(column).collect::<Result<_, _>>().map(Self)
-    }
-}
-
-impl OrderBy {
-    /// The id comes last, so that two readings of one snapshot have one order.
-    fn clause(&self, outbox: &Outbox) -> String {
-        let id = outbox.required_columns().nth(Field::Id as usize).unwrap_or_default();
-        let column = |(name, is_descending): &(String, bool)| {
-            format!("{}{}", quote_identifier(name), if *is_descending { " DESC" } else { "" })
-        };
-        let columns: Vec<_> = self.0.iter().map(column).chain([quote_identifier(id)]).collect();
-        format!("ORDER BY {}", columns.join(", "))
-    }
-}
-
 /// What came of it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Backfilled {
@@ -108,10 +72,12 @@ pub(crate) fn rehearse(connection: &mut Connection, settings: &Settings, plan: &
     for outbox in &settings.source.outboxes {
         let columns = snapshot.columns(outbox)?;
         let order = format!("{} LIMIT 0", plan.order.clause(outbox));
-        snapshot.read(outbox, &columns, &order, |_| Ok(())).map_err(|e| match e.sqlstate.as_deref() {
-            Some("42703") => Error { kind: Kind::Misconfigured, ..e }
-                .hint("look at --order-by and --where: columns of each outbox"),
-            _ => e,
+        snapshot.read(outbox, &columns, &order, &[], |_| Ok(())).map_err(|e| {
+            match e.sqlstate.as_deref() {
+                Some("42703") => Error { kind: Kind::Misconfigured, ..e }
+                    .hint("look at --order-by and --where: columns of each outbox"),
+                _ => e,
+            }
         })?;
     }
     snapshot.end()
@@ -241,7 +207,7 @@ impl<'a> Backfill<'a> {
             let columns = snapshot.columns(outbox)?;
             let described = columns.iter().map(|Column { name, type_oid }| (name.as_str(), *type_oid));
             self.take(encoder.relation(oid, outbox.name(), described))?;
-            snapshot.read(outbox, &columns, &plan.order.clause(outbox), |values| {
+            snapshot.read(outbox, &columns, &plan.order.clause(outbox), &[], |values| {
                 self.take(encoder.insert(oid, values))?;
                 self.done.rows += 1;
                 if self.done.rows.is_multiple_of(ROWS_PER_LOOK) { self.look() } else { Ok(()) }
@@ -298,24 +264,5 @@ impl<'a> Backfill<'a> {
             tracing::info!(rows = self.done.rows, of = self.count, in_flight, "backfill");
         }
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use relay_core::outbox::OutboxTable;
-
-    use super::*;
-
-    #[test]
-    fn an_order_is_columns_and_their_ways_and_the_id_decides_between_equals() {
-        let outbox = Outbox::new(OutboxTable::default()).unwrap();
-        let order: OrderBy = "created_at DESC, se\"q".parse().unwrap();
-        assert_eq!(order.clause(&outbox), "ORDER BY \"created_at\" DESC, \"se\"\"q\", \"id\"");
-        for bad in ["", "a,", "a b", "a desc nulls", "random() desc limit"] {
-            assert!(bad.parse::<OrderBy>().is_err(), "{bad}");
-        }
-        // A function is taken for the name of a column, which is not there.
-        assert!("random()".parse::<OrderBy>().unwrap().clause(&outbox).contains("\"random()\""));
     }
 }

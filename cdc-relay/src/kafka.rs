@@ -8,9 +8,11 @@ mod client;
 mod create;
 mod door;
 mod failure;
+mod first;
 mod history;
 mod known;
 mod letter;
+mod partition;
 mod refusal;
 mod reports;
 mod size;
@@ -27,7 +29,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     thread::JoinHandle,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use rdkafka::{
@@ -49,10 +51,12 @@ pub(crate) use self::{
 };
 use self::{
     client::{client_config, compresses, not_taken},
+    first::{Firsts, Turn},
     known::Known,
+    partition::Partitioner,
     refusal::{Failed, is_broken, poison, refused},
-    reports::{CHECKPOINT, Context},
-    topics::Lookup,
+    reports::{CHECKPOINT, Context, REPLAYED, opaque, ticket_of},
+    topics::{Lookup, Topic},
     transactions::Coordinator,
 };
 use crate::{
@@ -77,8 +81,6 @@ const REFUSAL_LASTS: Duration = Duration::from_secs(5);
 const BATCH_BYTES: usize = 1_000_000;
 /// Below this many bytes, batches give way to single records.
 const BATCH_LEAST_BYTES: usize = 2_000;
-/// With transactions, records do not wait for others: the transaction does.
-const TRANSACTIONAL_LINGER_MS: &str = "1";
 
 /// How much goes into one batch of records. Kafka refuses a batch that is larger than its topic's
 /// `max.message.bytes`, although each record of it may fit, and librdkafka does not split it.
@@ -118,7 +120,7 @@ pub(crate) struct Entry {
 pub(crate) enum Offer {
     /// It was copied and is on its way.
     Taken,
-    /// Nobody can tell yet whether its topic takes it.
+    /// Nobody can tell yet whether its topic takes it, or another has to be acknowledged before.
     Later,
     /// Its topic would not take it.
     Refused(Poison),
@@ -134,6 +136,8 @@ pub(crate) struct Producer {
     poller: Option<JoinHandle<()>>,
     topics: HashMap<String, Known>,
     lookup: Lookup,
+    /// None: with transactions, of which a failed one is not seen.
+    firsts: Option<Firsts>,
     /// None: without transactions.
     coordinator: Option<(Coordinator, Transactional)>,
     /// Whether a transaction has been begun.
@@ -159,9 +163,6 @@ impl Producer {
             client.set("transactional.id", id).set("transaction.timeout.ms", timeout.as_millis().to_string());
             // No gap can be committed, and the guarantee would hide why a transaction failed.
             client.set("enable.gapless.guarantee", "false");
-            if !config.properties.contains_key("linger.ms") {
-                client.set("linger.ms", TRANSACTIONAL_LINGER_MS);
-            }
         }
         match batch {
             Batch::Configured => {}
@@ -185,6 +186,7 @@ impl Producer {
             None => None,
         };
         Ok(Self {
+            firsts: coordinator.is_none().then(|| Firsts::new(Partitioner::of(config), Instant::now())),
             coordinator,
             in_transaction: false,
             inner,
@@ -259,6 +261,18 @@ impl Producer {
     /// # Errors
     /// This producer is of no more use.
     pub(crate) fn offer(&mut self, outgoing: &Outgoing<'_>) -> Result<Offer, Error> {
+        self.offer_as(outgoing, opaque(outgoing.ticket))
+    }
+
+    /// The same of a record that is published once more: should Kafka refuse it later, that says nothing of any row.
+    ///
+    /// # Errors
+    /// This producer is of no more use.
+    pub(crate) fn offer_replayed(&mut self, outgoing: &Outgoing<'_>) -> Result<Offer, Error> {
+        self.offer_as(outgoing, opaque(outgoing.ticket) | REPLAYED)
+    }
+
+    fn offer_as(&mut self, outgoing: &Outgoing<'_>, opaque: usize) -> Result<Offer, Error> {
         let record = &outgoing.record;
         let (topic, is_fresh) = match self.topics.get(record.topic) {
             Some(Known::Topic(topic, asked_for)) => (*topic, *asked_for == outgoing.ticket),
@@ -272,12 +286,13 @@ impl Producer {
         };
         if outgoing.is_dead_letter {
             return letter::enqueue(outgoing, topic.limit_bytes, |record| {
-                self.enqueue(record, outgoing.ticket)
+                self.enqueue(record, topic, opaque)
             });
         }
         match self.against(record, topic) {
-            None => self.enqueue(record, outgoing.ticket),
-            Some(poison) if is_fresh => Ok(Offer::Refused(poison)),
+            None => self.enqueue(record, topic, opaque),
+            // Of a replay, each record would be one to ask for.
+            Some(poison) if is_fresh || opaque & REPLAYED != 0 => Ok(Offer::Refused(poison)),
             // The topic may have been changed since it was asked about.
             Some(_) => {
                 self.topics.remove(record.topic);
@@ -286,13 +301,16 @@ impl Producer {
         }
     }
 
-    fn enqueue(&mut self, record: &Record<'_>, ticket: Ticket) -> Result<Offer, Error> {
+    fn enqueue(&mut self, record: &Record<'_>, topic: Topic, opaque: usize) -> Result<Offer, Error> {
+        let turn = self.firsts.as_mut().map_or(Turn::Go, |firsts| firsts.turn(record, topic.partitions));
+        if turn == Turn::Wait {
+            return Ok(Offer::Later);
+        }
         self.begin()?;
         let mut headers = OwnedHeaders::new_with_capacity(record.headers.len());
         for (key, value) in record.headers.iter() {
             headers = headers.insert(Header { key, value });
         }
-        let opaque = usize::try_from(ticket.0).unwrap_or(CHECKPOINT);
         let mut message = BaseRecord::<[u8], [u8], _>::with_opaque_to(record.topic, opaque)
             .timestamp(record.timestamp_ms)
             .headers(headers);
@@ -300,7 +318,10 @@ impl Producer {
         match self.inner.send(message) {
             Ok(()) => {
                 if faults::has(Fault::ConfirmOnEnqueue) {
-                    self.inner.context().reports().acknowledged.push(ticket);
+                    self.inner.context().reports().acknowledged.push(ticket_of(opaque));
+                }
+                if let (Turn::First(partition), Some(firsts)) = (turn, &mut self.firsts) {
+                    firsts.sent(record.topic, partition, opaque);
                 }
                 self.enqueued += 1;
                 Ok(Offer::Taken)
@@ -323,7 +344,7 @@ impl Producer {
         if ticket.is_none() && faults::has(Fault::CheckpointOutside) {
             return self.write_outside(entry);
         }
-        let opaque = ticket.and_then(|t| usize::try_from(t.0).ok()).unwrap_or(CHECKPOINT);
+        let opaque = ticket.map_or(CHECKPOINT, opaque);
         let mut message = BaseRecord::<str, [u8], _>::with_opaque_to(&entry.topic, opaque).key(&entry.key);
         message.payload = entry.value.as_deref();
         self.inner.send(message).map_err(|(error, _)| {
@@ -361,7 +382,7 @@ impl Producer {
     ///
     /// # Errors
     /// A record was not delivered: this producer is of no more use.
-    pub(crate) fn take_reports(&self, into: &mut Vec<Ticket>) -> Result<bool, Error> {
+    pub(crate) fn take_reports(&mut self, into: &mut Vec<Ticket>) -> Result<bool, Error> {
         into.clear();
         let context = self.inner.context();
         let mut reports = context.reports();
@@ -374,6 +395,10 @@ impl Producer {
         }
         if checkpointed || !into.is_empty() {
             context.up();
+        }
+        if let Some(firsts) = &mut self.firsts {
+            firsts.acknowledged(into);
+            firsts.look_at_the_clock(Instant::now());
         }
         self.look_whether_refused()?;
         Ok(checkpointed)

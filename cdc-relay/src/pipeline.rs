@@ -19,20 +19,22 @@ use self::telling::Told;
 use crate::{
     admin::State,
     ahead::Ahead,
+    desk::{Hands, Progress},
     diversions::Diversions,
-    dlq::redrive::{Hands, Progress, Redrive},
+    dlq::redrive::Redrive,
     error::{Error, Kind},
     kafka::{Done, Producer},
     ledger::{Reader, Writer},
     placing::{Placed, place, place_again},
     position::System,
+    replay::publish::Replay,
     replication::{
         pace::Pace,
         stream::{Event, ReplicationStream},
     },
     shared::Shared,
     start::{Memory, STATUS_INTERVAL},
-    wait::{self, Wakeups},
+    wait::Wakeups,
 };
 
 /// At most so many events between two looks at the acknowledgements and the clock.
@@ -66,6 +68,8 @@ struct Session<'a> {
     pending: Option<(Ticket, Vec<u8>)>,
     /// While one is under way, input may be paused.
     redrive: Option<Redrive>,
+    /// Published once more, beside the stream.
+    replay: Option<Replay>,
     /// Read while one of Kafka's transactions is committed.
     ahead: Ahead,
     /// See [`Memory::apart`].
@@ -102,9 +106,10 @@ pub(crate) fn session(shared: &Shared, wakeups: &Wakeups, memory: &mut Memory) -
             let was_well = session.is_well;
             memory.transaction_age = session.relay.transaction_age(session.now());
             shared.redrives.close();
-            if let (Err(e), Some(mut redrive)) = (&result, session.redrive.take()) {
-                redrive.give_up(&format!("the relay's session ended: {e}"));
-                redrive.answer();
+            shared.replays.desk.close();
+            match &result {
+                Ok(()) => session.give_up("the relay stops"),
+                Err(e) => session.give_up(&format!("the relay's session ended: {e}")),
             }
             result = match result {
                 Ok(()) => session.finish(),
@@ -171,6 +176,7 @@ impl Session<'_> {
                 progressed |= self.read_ahead()?;
             }
             progressed |= self.redrive(draining.is_some())?;
+            progressed |= self.replay(draining.is_some())?;
             self.keep_parking()?;
             self.tell(draining);
             if !progressed {
@@ -179,13 +185,15 @@ impl Session<'_> {
         }
     }
 
-    /// A process that was frozen may wake up without its slot. Then it writes nothing down any more.
+    /// A process that was frozen may wake up without its slot, and is not to write down anything then. The stream does not
+    /// tell it: behind rows that fill the socket, its end does not show. So the server is asked.
     fn wake_up(&mut self) -> Result<(), Error> {
-        let (last, now) = (self.last_round, self.now());
-        self.last_round = now;
-        if now > last + FROZEN_AFTER && wait::is_closed(self.stream.fd()) {
-            return Err(Error::new(Kind::PostgresAway, "the server has closed the replication stream"));
+        let frozen = self.now() > self.last_round + FROZEN_AFTER;
+        if frozen && !self.holds_slot()? {
+            return Err(Error::new(Kind::PostgresAway, "the slot is no longer ours after a standstill"));
         }
+        // Not before the question, which may have taken a while.
+        self.last_round = self.now();
         Ok(())
     }
 
@@ -198,21 +206,15 @@ impl Session<'_> {
     fn redrive(&mut self, stopping: bool) -> Result<bool, Error> {
         if self.redrive.is_none() {
             // A letter of what is passed over could be left behind.
-            if self.relay.passes_over() {
+            // And what waits for the producer would have to wait for the redrive, and that for it.
+            if self.relay.passes_over() || self.replay.as_ref().is_some_and(Replay::has_pending) {
                 return Ok(false);
             }
             let Some(job) = self.shared.redrives.take() else { return Ok(false) };
             self.redrive = Some(Redrive::start(job, self.shared, &self.relay, self.now())?);
         }
-        let now = self.now();
-        let Some(redrive) = &mut self.redrive else { return Ok(false) };
-        let mut hands = Hands {
-            shared: self.shared,
-            relay: &mut self.relay,
-            producer: &mut self.producer,
-            now,
-            hurry: stopping || self.postgres_stops_since.is_some(),
-        };
+        let (mut hands, redrive, _) = self.hands(stopping);
+        let Some(redrive) = redrive else { return Ok(false) };
         let progress = redrive.go_on(&mut hands)?;
         if progress == Progress::Over
             && let Some(redrive) = self.redrive.take()
@@ -223,9 +225,55 @@ impl Session<'_> {
         Ok(progress != Progress::Waits)
     }
 
+    /// Goes on with the replay that is under way or asked for. Whether anything came of it.
+    fn replay(&mut self, stopping: bool) -> Result<bool, Error> {
+        // A redrive waits until nothing is in flight.
+        if self.redrive.is_some() || self.pending.is_some() {
+            return Ok(false);
+        }
+        if self.replay.is_none() {
+            let Some(job) = self.shared.replays.desk.take() else { return Ok(false) };
+            let (mut hands, ..) = self.hands(stopping);
+            self.replay = Some(Replay::start(job, &mut hands)?);
+        }
+        let (mut hands, _, replay) = self.hands(stopping);
+        let Some(replay) = replay else { return Ok(false) };
+        let progress = replay.go_on(&mut hands)?;
+        if progress == Progress::Over
+            && let Some(replay) = self.replay.take()
+        {
+            self.shared.replays.desk.open(self.writer.owner.key());
+            replay.answer();
+        }
+        Ok(progress != Progress::Waits)
+    }
+
+    /// What was asked for and is under way ends with the session.
+    fn give_up(&mut self, why: &str) {
+        if let Some(mut redrive) = self.redrive.take() {
+            redrive.give_up(why);
+            redrive.answer();
+        }
+        if let Some(mut replay) = self.replay.take() {
+            replay.give_up(why);
+            // So that what is behind it can still be confirmed. The ticket is ours, so there is no error.
+            let _ = replay.leave(&mut self.relay);
+            replay.answer();
+        }
+    }
+
+    fn hands(&mut self, stopping: bool) -> (Hands<'_>, Option<&mut Redrive>, Option<&mut Replay>) {
+        let hurry = stopping || self.postgres_stops_since.is_some();
+        let now = self.now();
+        let Self { shared, relay, producer, redrive, replay, .. } = self;
+        (Hands { shared, relay, producer, now, hurry }, redrive.as_mut(), replay.as_mut())
+    }
+
     /// Writes down in Kafka what is settled, before Postgres is told.
     fn keep_position(&mut self) -> Result<(), Error> {
         if let Some(checkpoint) = self.relay.take_checkpoint(self.now()) {
+            // It may have been frozen since the round began.
+            self.wake_up()?;
             self.producer.write(&self.writer.checkpoint(&self.shared.settings, checkpoint), None)?;
         }
         if self.relay.take_commit() {
@@ -363,6 +411,7 @@ impl Session<'_> {
         let mut timeout = deadline.min(STATUS_INTERVAL).min(self.until_late());
         if self.pending.is_some()
             || self.redrive.is_some()
+            || self.replay.is_some()
             || self.shared.stopping()
             || self.postgres_stops_since.is_some()
         {

@@ -127,11 +127,9 @@ impl<'a> Pass<'a> {
             quote_literal(xmin)
         );
         let table = name(outbox);
-        let rows =
-            self.connection.query(&format!("SELECT EXISTS (SELECT FROM {table} WHERE {old})::text"), &[]);
-        if value(rows.map_err(|e| self.explain(outbox, e))?).as_deref() != Some("true")
-            || !self.is_confirmed()?
-        {
+        let some =
+            self.connection.value(&format!("SELECT EXISTS (SELECT FROM {table} WHERE {old})::text"), &[]);
+        if some.map_err(|e| self.explain(outbox, e))?.as_deref() != Some("true") || !self.is_confirmed()? {
             return Ok(());
         }
         // A place in the table may have another row by now: the conditions are for this one, too.
@@ -141,8 +139,8 @@ impl<'a> Pass<'a> {
              SELECT count(*)::text FROM gone"
         );
         while self.goes_on() {
-            let rows = self.connection.query(&sql, &[]).map_err(|e| self.explain(outbox, e))?;
-            let count: u64 = value(rows).and_then(|count| count.parse().ok()).unwrap_or(0);
+            let count = self.connection.value(&sql, &[]).map_err(|e| self.explain(outbox, e))?;
+            let count: u64 = count.and_then(|count| count.parse().ok()).unwrap_or(0);
             self.shared.metrics.retention_deleted.inc_by(count);
             tracing::debug!(count, outbox = outbox.label(), before, "deleted rows");
             if count < ROWS_PER_TRANSACTION {
@@ -267,12 +265,12 @@ impl<'a> Pass<'a> {
 
     /// Waits until the slot has confirmed all that is in the log now; false if that is not to be waited for any more.
     fn is_confirmed(&mut self) -> Result<bool, Error> {
-        let Some(lsn) = value(self.connection.query("SELECT pg_current_wal_insert_lsn()::text", &[])?) else {
+        let Some(lsn) = self.connection.value("SELECT pg_current_wal_insert_lsn()::text", &[])? else {
             return Ok(false);
         };
         let sql = "SELECT (confirmed_flush_lsn >= $2::text::pg_lsn)::text FROM pg_replication_slots WHERE slot_name = $1";
         while self.goes_on() {
-            if value(self.connection.query(sql, &[&self.settings.slot, &lsn])?).as_deref() == Some("true") {
+            if self.connection.value(sql, &[&self.settings.slot, &lsn])?.as_deref() == Some("true") {
                 return Ok(true);
             }
             if self.stop.recv_timeout(LOOK_INTERVAL) != Err(RecvTimeoutError::Timeout) {
@@ -306,9 +304,4 @@ impl<'a> Pass<'a> {
 fn name(outbox: &Outbox) -> String {
     let (schema, table) = outbox.name();
     format!("{}.{}", quote_identifier(schema), quote_identifier(table))
-}
-
-/// The first value of the first row.
-fn value(rows: Vec<Vec<Option<String>>>) -> Option<String> {
-    rows.into_iter().next()?.into_iter().next()?
 }

@@ -24,12 +24,13 @@ pub(crate) fn read(
     order: &str,
     mut take: impl FnMut(&Record<'_>, Option<&Poison>) -> Result<(), Error>,
 ) -> Result<(), Error> {
-    let mut rows = Rows::new(Options { messages: None, cloud_events: None, ..settings.source.clone() })?;
+    let mut rows = Rows::new(Options { messages: None, cloud_events: None, ..settings.source.clone() }, 0)?;
     for (oid, outbox) in (1..).zip(&settings.source.outboxes) {
         let mut columns = snapshot.columns(outbox)?;
         let payload = columns.remove(Field::Payload as usize);
         rows.describe(oid, outbox, &columns, &payload)?;
-        snapshot.read(outbox, &columns, order, |values| rows.row(oid, values.chain([None]), &mut take))?;
+        snapshot
+            .read(outbox, &columns, order, &[], |values| rows.row(oid, values.chain([None]), &mut take))?;
     }
     Ok(())
 }
@@ -40,19 +41,35 @@ pub(crate) fn read_largest(
     snapshot: &mut Snapshot<'_>,
     settings: &Settings,
     count: usize,
+    take: impl FnMut(&Record<'_>, Option<&Poison>) -> Result<(), Error>,
+) -> Result<(), Error> {
+    let largest = |outbox: &Outbox| {
+        let payload = outbox.required_columns().nth(Field::Payload as usize).unwrap_or_default();
+        let payload = quote_identifier(payload);
+        (format!("ORDER BY pg_column_size({payload}) DESC NULLS LAST LIMIT {count}"), Vec::new())
+    };
+    read_whole(snapshot, settings, 0, largest, take)
+}
+
+/// Hands over rows of each outbox as whole records of a transaction that was committed then (in microseconds since
+/// Postgres' epoch). `rest` says which rows and in which order: what comes behind FROM, with its parameters.
+pub(crate) fn read_whole(
+    snapshot: &mut Snapshot<'_>,
+    settings: &Settings,
+    committed_at_us: i64,
+    rest: impl Fn(&Outbox) -> (String, Vec<String>),
     mut take: impl FnMut(&Record<'_>, Option<&Poison>) -> Result<(), Error>,
 ) -> Result<(), Error> {
-    let mut rows = Rows::new(Options { messages: None, ..settings.source.clone() })?;
+    let options = Options { messages: None, ..settings.source.clone() };
+    let mut rows = Rows::new(options, committed_at_us)?;
     for (oid, outbox) in (1..).zip(&settings.source.outboxes) {
         let mut columns = snapshot.columns(outbox)?;
         let payload = columns.remove(Field::Payload as usize);
         rows.describe(oid, outbox, &columns, &payload)?;
-        let order = format!(
-            "ORDER BY pg_column_size({}) DESC NULLS LAST LIMIT {count}",
-            quote_identifier(&payload.name)
-        );
         columns.push(payload);
-        snapshot.read(outbox, &columns, &order, |values| rows.row(oid, values, &mut take))?;
+        let (rest, parameters) = rest(outbox);
+        let parameters: Vec<&str> = parameters.iter().map(String::as_str).collect();
+        snapshot.read(outbox, &columns, &rest, &parameters, |values| rows.row(oid, values, &mut take))?;
     }
     Ok(())
 }
@@ -64,9 +81,9 @@ struct Rows {
 }
 
 impl Rows {
-    fn new(options: Options) -> Result<Self, Error> {
+    fn new(options: Options, committed_at_us: i64) -> Result<Self, Error> {
         let mut rows = Self { source: Source::new(options), encoder: Encoder::default() };
-        let mark = Mark { commit_lsn: Lsn::ZERO, committed_at_us: 0 };
+        let mark = Mark { commit_lsn: Lsn::ZERO, committed_at_us };
         hand_over(&mut rows.source, rows.encoder.begin(mark), |_, _| Ok(()))?;
         Ok(rows)
     }
@@ -118,7 +135,7 @@ mod tests {
         let topic = TopicTemplate::parse("${tenant}.${aggregatetype}").unwrap();
         let outbox = Outbox::new(OutboxTable { topic, ..OutboxTable::default() }).unwrap();
         let options = Options { outboxes: vec![outbox.clone()], ..Options::default() };
-        let mut rows = Rows::new(options).unwrap();
+        let mut rows = Rows::new(options, 0).unwrap();
         let column = |name: &str| Column { name: name.into(), type_oid: 25 };
         let columns = ["id", "type", "aggregatetype", "aggregateid", "tenant", "topic"].map(column);
         rows.describe(7, &outbox, &columns, &column("payload")).unwrap();

@@ -7,7 +7,7 @@ use std::sync::{
 
 use service::Health;
 
-use crate::{admin::Metrics, config::Settings, dlq::desk::Desk, replication::place::Place, wait::Waker};
+use crate::{admin::Metrics, config::Settings, dlq, replay, replication::place::Place, wait::Waker};
 
 /// Who this process is: host and process id.
 pub(crate) fn instance() -> String {
@@ -28,7 +28,9 @@ pub(crate) struct Shared {
     /// Which server the last session streamed from: the one to watch.
     pub(crate) server: Arc<Mutex<Option<Place>>>,
     /// Where a redrive is asked for.
-    pub(crate) redrives: Arc<Desk>,
+    pub(crate) redrives: Arc<dlq::api::Desk>,
+    /// Where a replay is asked for.
+    pub(crate) replays: Arc<replay::api::Replays>,
 }
 
 impl Shared {

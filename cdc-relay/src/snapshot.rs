@@ -1,6 +1,11 @@
 //! The outboxes' rows as they were at one moment, by SQL.
 
-use relay_core::outbox::Outbox;
+use std::str::FromStr;
+
+use relay_core::{
+    Lsn,
+    outbox::{Field, Outbox},
+};
 
 use crate::{
     config::Settings,
@@ -9,15 +14,17 @@ use crate::{
         connection::{Connection, Values},
         stream::{quote_identifier, quote_literal},
     },
+    wal,
 };
 
 /// A transaction that only reads.
-#[derive(Debug)]
 pub(crate) struct Snapshot<'a> {
     connection: &'a mut Connection,
     settings: &'a Settings,
     /// A condition of SQL.
     filter: Option<&'a str>,
+    /// Whether rows are still wanted.
+    patience: &'a dyn Fn() -> Result<(), Error>,
 }
 
 /// A column of an outbox.
@@ -25,6 +32,40 @@ pub(crate) struct Snapshot<'a> {
 pub(crate) struct Column {
     pub(crate) name: String,
     pub(crate) type_oid: u32,
+}
+
+/// In which order: columns, and whether each is descending.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct OrderBy(Vec<(String, bool)>);
+
+impl FromStr for OrderBy {
+    type Err = String;
+
+    /// `created_at, seq desc`
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let column = |part: &str| {
+            let words: Vec<_> = part.split_whitespace().collect();
+            match words.as_slice() {
+                [name] => Ok(((*name).to_owned(), false)),
+                [name, way] if way.eq_ignore_ascii_case("asc") => Ok(((*name).to_owned(), false)),
+                [name, way] if way.eq_ignore_ascii_case("desc") => Ok(((*name).to_owned(), true)),
+                _ => Err(format!("{part:?} is not a column, perhaps with asc or desc behind it")),
+            }
+        };
+        text.split(',').map(column).collect::<Result<_, _>>().map(Self)
+    }
+}
+
+impl OrderBy {
+    /// The id comes last, so that two readings of one snapshot have one order.
+    pub(crate) fn clause(&self, outbox: &Outbox) -> String {
+        let id = outbox.required_columns().nth(Field::Id as usize).unwrap_or_default();
+        let column = |(name, is_descending): &(String, bool)| {
+            format!("{}{}", quote_identifier(name), if *is_descending { " DESC" } else { "" })
+        };
+        let columns: Vec<_> = self.0.iter().map(column).chain([quote_identifier(id)]).collect();
+        format!("ORDER BY {}", columns.join(", "))
+    }
 }
 
 impl<'a> Snapshot<'a> {
@@ -53,7 +94,12 @@ impl<'a> Snapshot<'a> {
         ] {
             connection.simple_query(sql)?;
         }
-        Ok(Self { connection, settings, filter })
+        Ok(Self { connection, settings, filter, patience: &|| Ok(()) })
+    }
+
+    /// Waits for rows as long as this is Ok.
+    pub(crate) fn with_patience(self, patience: &'a dyn Fn() -> Result<(), Error>) -> Self {
+        Self { patience, ..self }
     }
 
     /// How many rows there are.
@@ -90,18 +136,24 @@ impl<'a> Snapshot<'a> {
         Ok(used.filter_map(|name| there.iter().find(|column| column.name == name).cloned()).collect())
     }
 
-    /// Hands over each row's values of these columns, as they come. `order` is the rest of the statement: what comes
-    /// behind the condition.
+    /// The end of the server's log now: every row was committed before it.
+    pub(crate) fn end_of_log(&mut self) -> Result<Lsn, Error> {
+        wal::end_of_log(self.connection)
+    }
+
+    /// Hands over each row's values of these columns, as they come. `rest` is what comes behind the condition, with its
+    /// parameters.
     pub(crate) fn read(
         &mut self,
         outbox: &Outbox,
         columns: &[Column],
-        order: &str,
+        rest: &str,
+        parameters: &[&str],
         take: impl FnMut(Values<'_>) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let list: Vec<_> = columns.iter().map(|column| quote_identifier(&column.name)).collect();
-        let sql = format!("SELECT {} {} {order}", list.join(", "), self.from(outbox));
-        self.connection.each_row(&sql, take).map_err(|e| self.explain(outbox, e))
+        let sql = format!("SELECT {} {} {rest}", list.join(", "), self.from(outbox));
+        self.connection.each_row(&sql, parameters, self.patience, take).map_err(|e| self.explain(outbox, e))
     }
 
     pub(crate) fn end(self) -> Result<(), Error> {
@@ -120,7 +172,9 @@ impl<'a> Snapshot<'a> {
             Some("42501") => {
                 let role = quote_identifier(&self.settings.postgres.user);
                 let (schema, table) = (quote_identifier(schema), quote_identifier(table));
-                let grant = format!("let the table's owner run: GRANT SELECT ON {schema}.{table} TO {role}");
+                let grant = format!(
+                    "let the table's owner run: GRANT SELECT ON {schema}.{table} TO {role}; GRANT USAGE ON SCHEMA {schema} TO {role};"
+                );
                 Error { kind: Kind::Refused, ..error }.hint(grant)
             }
             Some(state) if self.filter.is_some() && (state.starts_with("42") || state.starts_with("22")) => {
@@ -129,5 +183,24 @@ impl<'a> Snapshot<'a> {
             }
             _ => error,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use relay_core::outbox::OutboxTable;
+
+    use super::*;
+
+    #[test]
+    fn an_order_is_columns_and_their_ways_and_the_id_decides_between_equals() {
+        let outbox = Outbox::new(OutboxTable::default()).unwrap();
+        let order: OrderBy = "created_at DESC, se\"q".parse().unwrap();
+        assert_eq!(order.clause(&outbox), "ORDER BY \"created_at\" DESC, \"se\"\"q\", \"id\"");
+        for bad in ["", "a,", "a b", "a desc nulls", "random() desc limit"] {
+            assert!(bad.parse::<OrderBy>().is_err(), "{bad}");
+        }
+        // A function is taken for the name of a column, which is not there.
+        assert!("random()".parse::<OrderBy>().unwrap().clause(&outbox).contains("\"random()\""));
     }
 }

@@ -6,7 +6,10 @@ use std::{
         fd::{AsFd, BorrowedFd},
         unix::net::UnixStream,
     },
-    sync::Arc,
+    sync::{
+        Arc,
+        mpsc::{SyncSender, TrySendError},
+    },
     time::Duration,
 };
 
@@ -20,6 +23,29 @@ impl Waker {
     pub(crate) fn wake(&self) {
         // A full pipe is a wake-up that is pending already.
         let _ = (&*self.0).write(&[1]);
+    }
+}
+
+/// Sends to the thread that a [`Waker`] wakes.
+#[derive(Debug)]
+pub(crate) struct WakingSender<T> {
+    pub(crate) told: SyncSender<T>,
+    pub(crate) waker: Waker,
+}
+
+impl<T> WakingSender<T> {
+    /// Sends, waiting for room if there is none. False where nobody receives any more.
+    pub(crate) fn send(&self, news: T) -> bool {
+        // The receiver takes one only when it is awake, so it is woken before we may have to wait, too.
+        let is_sent = match self.told.try_send(news) {
+            Err(TrySendError::Full(news)) => {
+                self.waker.wake();
+                self.told.send(news).is_ok()
+            }
+            sent => sent.is_ok(),
+        };
+        self.waker.wake();
+        is_sent
     }
 }
 
@@ -69,13 +95,6 @@ impl Wakeups {
 pub(crate) fn for_socket(socket: BorrowedFd<'_>, write: bool, timeout: Duration) {
     let interest = if write { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN };
     wait_on(&mut [PollFd::new(&socket.as_fd(), interest)], timeout);
-}
-
-/// Whether the other side has closed the connection, however much is still to be read.
-pub(crate) fn is_closed(socket: BorrowedFd<'_>) -> bool {
-    let mut fds = [PollFd::from_borrowed_fd(socket, PollFlags::RDHUP)];
-    wait_on(&mut fds, Duration::ZERO);
-    fds[0].revents().intersects(PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR)
 }
 
 fn wait_on(fds: &mut [PollFd<'_>], timeout: Duration) {

@@ -1,8 +1,15 @@
-//! How fast the server's log grows, and for how long a slot that stands still would last.
+//! The server's log: where it ends, how fast it grows, and for how long a slot that stands still would last.
 
 use std::{
     collections::VecDeque,
     time::{Duration, Instant},
+};
+
+use relay_core::Lsn;
+
+use crate::{
+    error::{Error, Kind},
+    replication::connection::Connection,
 };
 
 /// The rate is that of so long before now.
@@ -46,9 +53,45 @@ pub(crate) fn seconds_to_loss(safe_wal_bytes: f64, bytes_per_second: f64) -> Opt
     (bytes_per_second > 0.0).then(|| safe_wal_bytes / bytes_per_second)
 }
 
+/// The end of the last record in the server's log: what can be confirmed of it.
+pub(crate) fn end_of_log(connection: &mut Connection) -> Result<Lsn, Error> {
+    let sql = "SELECT pg_current_wal_insert_lsn(), (SELECT setting FROM pg_settings WHERE name = 'wal_block_size'), \
+               (SELECT setting FROM pg_settings WHERE name = 'wal_segment_size')";
+    let row = connection.simple_query(sql)?.into_iter().next().unwrap_or_default();
+    let mut columns = row.into_iter().map(Option::unwrap_or_default);
+    let mut column = || columns.next().unwrap_or_default();
+    let lsn: Result<Lsn, _> = column().parse();
+    let lsn = lsn.map_err(|e| Error::new(Kind::Internal, format!("the end of the log: {e}")))?;
+    let (block, segment) = (column().parse().unwrap_or(8192), column().parse().unwrap_or(16 << 20));
+    Ok(before_header(lsn, block, segment))
+}
+
+/// The place where the next record is inserted, without the header of its page where that is all there is of the page: it is
+/// written with the record, so that nobody could confirm it before.
+fn before_header(insert: Lsn, block: u64, segment: u64) -> Lsn {
+    // The sizes of XLogLongPageHeaderData, which a segment begins with, and of XLogPageHeaderData.
+    let header = if insert.0 % segment < block { 40 } else { 24 };
+    if insert.0 % block == header { Lsn(insert.0 - header) } else { insert }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_only_a_pages_header_is_not_waited_for() {
+        let before = |lsn| before_header(Lsn(lsn), 8192, 16 << 20).0;
+        for (insert, end) in [
+            ((16 << 20) + 40, 16 << 20),
+            ((16 << 20) + 24, (16 << 20) + 24),
+            (8192 + 24, 8192),
+            (8192 + 40, 8192 + 40),
+            (8192 + 48, 8192 + 48),
+            (3 * 8192, 3 * 8192),
+        ] {
+            assert_eq!(before(insert), end, "{insert}");
+        }
+    }
 
     #[test]
     fn the_rate_is_that_of_the_window_and_of_one_server() {

@@ -1,7 +1,22 @@
 //! Rows of text in columns, and text that others wrote on a terminal.
 
-/// Prints the rows below their heads, each column as wide as it has to be.
+use std::io;
+
+/// Prints the rows below their heads, each column as wide as it has to be. On a terminal that is narrower, each row by
+/// itself, a line for each of its cells, as psql's `\\x auto` does.
 pub fn print<const N: usize>(heads: [&str; N], rows: &[[String; N]]) {
+    for line in lines(heads, rows, terminal_columns()) {
+        crate::say!("{line}");
+    }
+}
+
+/// How many characters a line of the terminal has; None where the output goes elsewhere.
+fn terminal_columns() -> Option<usize> {
+    let size = rustix::termios::tcgetwinsize(io::stdout()).ok()?;
+    Some(usize::from(size.ws_col)).filter(|columns| *columns > 0)
+}
+
+fn lines<const N: usize>(heads: [&str; N], rows: &[[String; N]], columns: Option<usize>) -> Vec<String> {
     let width = |column: usize| {
         let cells = rows.iter().map(|row| row[column].chars().count());
         cells.max().unwrap_or_default().max(heads[column].len())
@@ -10,12 +25,25 @@ pub fn print<const N: usize>(heads: [&str; N], rows: &[[String; N]]) {
     let line = |cells: [&str; N]| {
         let padded: Vec<_> =
             cells.iter().zip(widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
-        crate::say!("{}", padded.join("  ").trim_end());
+        padded.join("  ").trim_end().to_owned()
     };
-    line(heads);
-    for row in rows {
-        line(std::array::from_fn(|column| row[column].as_str()));
+    let table = std::iter::once(line(heads))
+        .chain(rows.iter().map(|row| line(std::array::from_fn(|column| row[column].as_str()))));
+    let table: Vec<String> = table.collect();
+    let is_narrower = |columns| table.iter().any(|line| line.chars().count() > columns);
+    if rows.is_empty() || !columns.is_some_and(is_narrower) {
+        return table;
     }
+    let name = heads.iter().map(|head| head.len()).max().unwrap_or_default();
+    let cells = |row: &[String; N]| -> Vec<String> {
+        heads
+            .iter()
+            .zip(row)
+            .map(|(head, cell)| format!("{head:<name$}  {cell}").trim_end().to_owned())
+            .collect()
+    };
+    let records: Vec<_> = rows.iter().map(cells).collect();
+    records.join(&String::new())
 }
 
 /// How long ago something was, in one unit: `42s`, `5m`, `3h`, `2d`.
@@ -62,6 +90,18 @@ mod tests {
         assert_eq!(printable("a\u{1b}[2Jb\n\u{9b}ä"), "a\\u{1b}[2Jb\\n\\u{9b}ä");
         assert_eq!(cut("äöü", 3), "äöü");
         assert_eq!(cut("äöüß", 3), "äö…");
+    }
+
+    #[test]
+    fn a_table_that_does_not_fit_is_told_row_by_row() {
+        let rows = [["0/1".to_owned(), "it is large".to_owned()], ["0/20".to_owned(), String::new()]];
+        let table = ["AT    WHY", "0/1   it is large", "0/20"];
+        for columns in [None, Some(17), Some(80)] {
+            assert_eq!(lines(["AT", "WHY"], &rows, columns), table);
+        }
+        let records = ["AT   0/1", "WHY  it is large", "", "AT   0/20", "WHY"];
+        assert_eq!(lines(["AT", "WHY"], &rows, Some(16)), records);
+        assert_eq!(lines::<2>(["AT", "WHY"], &[], Some(3)), ["AT  WHY"]);
     }
 
     #[test]

@@ -405,13 +405,16 @@ impl Relay {
         &self.disposal.parking
     }
 
-    /// A record of the caller's own, of so many bytes, that is in flight until it is [settled](Self::handle_settled).
-    /// Nothing that was read may be in flight: the relay is [at rest](Self::is_at_rest), and input paused.
+    /// A record of the caller's own, of so many bytes, that is in flight until it is [settled](Self::handle_settled). To be
+    /// called only while the relay [wants input](Self::wants_input), or is [held](Self::set_hold), and reads no transaction. It
+    /// is not ordered with what was read: who needs that waits until the relay is [at rest](Self::is_at_rest).
     pub fn begin_own(&mut self, bytes: usize, now: Duration) -> Ticket {
         if let Some(transactions) = &mut self.transactions {
             transactions.add(bytes, now);
         }
         self.progress.set_now(now);
+        // What is before it need not wait for it: an idle outbox pins no log meanwhile.
+        self.progress.commit(self.handled, None);
         self.progress.begin_record(bytes)
     }
 

@@ -411,3 +411,17 @@ proptest! {
         prop_assert!(relay.progress().is_idle());
     }
 }
+
+#[test]
+fn an_idle_log_is_confirmed_while_records_of_our_own_are_always_in_flight() {
+    let now = Duration::ZERO;
+    let mut relay = started(now);
+    let mut before = relay.begin_own(100, now);
+    for wal_end in [1000, 2000, 3000] {
+        relay.handle_keepalive(Lsn(wal_end), false, now).unwrap();
+        let next = relay.begin_own(100, now);
+        relay.handle_settled(before).unwrap();
+        before = next;
+        assert_eq!(relay.progress().confirmed(), Lsn(wal_end), "all before it, and not it, is waited for");
+    }
+}

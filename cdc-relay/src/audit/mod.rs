@@ -30,6 +30,7 @@ use crate::{
     rows,
     slot::Slot,
     snapshot::Snapshot,
+    wal,
 };
 
 /// The most rows that are compared: 1.1 GiB of memory.
@@ -146,7 +147,7 @@ pub(crate) fn audit(settings: &Settings, ask: &Ask) -> Result<Report, Error> {
     }
     connection.set_answer_timeout(STATEMENT_TIMEOUT)?;
     let (mut tally, numbers) = expect(&mut connection, settings, ask)?;
-    let end = end_of_log(&mut connection)?;
+    let end = wal::end_of_log(&mut connection)?;
     let slot = wait(&mut connection, settings, end, ask.wait)?;
 
     let mut report = Report { compared_to: end.to_string(), ..Report::default() };
@@ -213,27 +214,6 @@ fn expect(
 
 fn is_left_out(settings: &Settings, poison: Option<&Poison>) -> bool {
     poison.is_some_and(|poison| settings.policies.of(poison.kind()) == Policy::Skip)
-}
-
-/// The end of the last record in the server's log: what can be confirmed of it.
-fn end_of_log(connection: &mut Connection) -> Result<Lsn, Error> {
-    let sql = "SELECT pg_current_wal_insert_lsn(), (SELECT setting FROM pg_settings WHERE name = 'wal_block_size'), \
-               (SELECT setting FROM pg_settings WHERE name = 'wal_segment_size')";
-    let row = connection.simple_query(sql)?.into_iter().next().unwrap_or_default();
-    let mut columns = row.into_iter().map(Option::unwrap_or_default);
-    let mut column = || columns.next().unwrap_or_default();
-    let lsn: Result<Lsn, _> = column().parse();
-    let lsn = lsn.map_err(|e| Error::new(Kind::Internal, format!("the end of the log: {e}")))?;
-    let (block, segment) = (column().parse().unwrap_or(8192), column().parse().unwrap_or(16 << 20));
-    Ok(before_header(lsn, block, segment))
-}
-
-/// The place where the next record is inserted, without the header of its page where that is all there is of the page: it is
-/// written with the record, so that nobody could confirm it before.
-fn before_header(insert: Lsn, block: u64, segment: u64) -> Lsn {
-    // The sizes of XLogLongPageHeaderData, which a segment begins with, and of XLogPageHeaderData.
-    let header = if insert.0 % segment < block { 40 } else { 24 };
-    if insert.0 % block == header { Lsn(insert.0 - header) } else { insert }
 }
 
 /// Waits until the slot has confirmed `end`.
@@ -366,26 +346,6 @@ impl Report {
         }
         if settings.source.messages.is_some() {
             notes.push("messages of the table-less outbox leave no rows: they were not compared".into());
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_is_only_a_pages_header_is_not_waited_for() {
-        let before = |lsn| before_header(Lsn(lsn), 8192, 16 << 20).0;
-        for (insert, end) in [
-            ((16 << 20) + 40, 16 << 20),
-            ((16 << 20) + 24, (16 << 20) + 24),
-            (8192 + 24, 8192),
-            (8192 + 40, 8192 + 40),
-            (8192 + 48, 8192 + 48),
-            (3 * 8192, 3 * 8192),
-        ] {
-            assert_eq!(before(insert), end, "{insert}");
         }
     }
 }

@@ -93,21 +93,12 @@ fn shown_by(broker: &str) -> Result<Vec<u8>, String> {
         set(&socket, Some(TIMEOUT)).map_err(|e| e.to_string())?;
     }
     let mut client = tls::onlooker(host).map_err(|e| e.message)?;
-    while client.is_handshaking() {
-        // Where it wants a certificate of ours, it has shown its own before it ends the handshake.
-        if let Err(e) = client.complete_io(&mut socket) {
-            return client
-                .peer_certificates()
-                .and_then(|shown| shown.first())
-                .map(|der| der.to_vec())
-                .ok_or(e.to_string());
-        }
-    }
-    client
-        .peer_certificates()
-        .and_then(|shown| shown.first())
-        .map(|der| der.to_vec())
-        .ok_or("it has shown none".into())
+    // Where it wants a certificate of ours, it has shown its own before it ends the handshake.
+    let handshake = client.complete_io(&mut socket).map(drop);
+    tls::shown(&client).ok_or_else(|| match handshake {
+        Ok(()) => "it has shown none".into(),
+        Err(e) => e.to_string(),
+    })
 }
 
 /// When a certificate ends.

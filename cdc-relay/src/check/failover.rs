@@ -15,6 +15,9 @@ use crate::{
     slot::{self, FAILOVER_MAJOR, Slot},
 };
 
+/// The finding that no host takes writes.
+pub(super) const NO_PRIMARY: &str = "no-primary";
+
 const RELOAD: &str = "SELECT pg_reload_conf();";
 
 /// A server that answers.
@@ -53,7 +56,7 @@ pub(super) fn examine(settings: &Settings, report: &mut Report) -> Result<(), Er
     }
     if primaries.is_empty() {
         report.finding(
-            "no-primary",
+            NO_PRIMARY,
             &"",
             "no host of postgres.url takes writes",
             &["-- on the standby that is to take over:", "SELECT pg_promote();"],

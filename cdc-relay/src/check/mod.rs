@@ -62,14 +62,7 @@ impl Report {
 pub(crate) fn examine(settings: &Settings) -> Report {
     let mut report = Report::default();
     certificates::examine_files(settings, &mut report);
-    let in_use = examine_postgres(settings, &mut report).unwrap_or_else(|e| {
-        report.error(
-            ["postgres-away", "postgres-refused"],
-            e,
-            "look whether the server runs, and at postgres.url",
-        );
-        InUse::default()
-    });
+    let in_use = examine_postgres(settings, &mut report);
     match Survey::begin(&settings.kafka) {
         Ok(survey) => {
             kafka::examine(&survey, settings, &in_use, &mut report);
@@ -77,17 +70,50 @@ pub(crate) fn examine(settings: &Settings) -> Report {
         }
         Err(e) => {
             report.error(["kafka-away", "kafka-refused"], e, "look whether Kafka runs, and at kafka.brokers");
+            // One that is over may be why.
+            certificates::examine_brokers(settings, &bootstrap(&settings.kafka.brokers), &mut report);
         }
     }
     report
 }
 
-fn examine_postgres(settings: &Settings, report: &mut Report) -> Result<InUse, Error> {
+/// The brokers of the configuration, without the protocol that librdkafka lets stand before one.
+fn bootstrap(brokers: &str) -> Vec<String> {
+    let place = |broker: &str| {
+        let broker = broker.trim();
+        broker.split_once("://").map_or(broker, |(_, place)| place).to_owned()
+    };
+    brokers.split(',').map(place).filter(|place| !place.is_empty()).collect()
+}
+
+fn examine_postgres(settings: &Settings, report: &mut Report) -> InUse {
+    let looked = examine_server(settings, report);
+    // Also where none takes writes, which it then tells by its name.
+    let followed = failover::examine(settings, report);
+    if let Err(e) = looked.as_ref().map(drop).map_err(Clone::clone).and(followed)
+        && !report.findings.iter().any(|finding| finding.name == failover::NO_PRIMARY)
+    {
+        let look_at = "look whether the server runs, and at postgres.url";
+        report.error(["postgres-away", "postgres-refused"], e, look_at);
+    }
+    looked.unwrap_or_default()
+}
+
+fn examine_server(settings: &Settings, report: &mut Report) -> Result<InUse, Error> {
     let connect = || Connection::connect(&settings.postgres, Purpose::Sql, settings.connect_timeout);
     let mut connection = connect()?;
     certificates::examine_postgres(&connection, report);
     server::examine(&mut connection, settings, report)?;
-    failover::examine(settings, report)?;
     // Of its own: what cannot be read leaves a connection that is of no more use.
     kafka::topics_in_use(&mut connect()?, settings, report)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_brokers_places_are_told_without_their_protocol() {
+        assert_eq!(bootstrap("SSL://a:1, b:2,"), ["a:1", "b:2"]);
+    }
 }

@@ -9,7 +9,7 @@ use crate::{
     error::{Error, Kind},
     publication,
     replication::{
-        connection::{Connection, TextRow},
+        connection::Connection,
         handshake::{APPLICATION_NAME, Purpose},
         stream::{quote_identifier, quote_literal},
     },
@@ -32,13 +32,10 @@ pub(super) fn examine(
         return Ok(());
     }
     let place = connection.place().clone();
-    examine_settings(connection, settings, report)?;
+    examine_settings(connection, report)?;
     examine_role(connection, settings, report)?;
-    for problem in publication::problems(connection, settings)? {
-        let mend: Vec<&str> = problem.mend.iter().map(String::as_str).collect();
-        report.finding(problem.name, &place, problem.what, &mend);
-    }
-    if let Some(problem) = publication::excess(connection, settings)? {
+    let problems = publication::problems(connection, settings)?;
+    for problem in problems.into_iter().chain(publication::excess(connection, settings)?) {
         let mend: Vec<&str> = problem.mend.iter().map(String::as_str).collect();
         report.finding(problem.name, &place, problem.what, &mend);
     }
@@ -49,20 +46,12 @@ pub(super) fn examine(
     Ok(())
 }
 
-fn value(rows: Vec<TextRow>) -> Option<String> {
-    rows.into_iter().next()?.into_iter().next()?
-}
-
 fn setting(connection: &mut Connection, name: &str) -> Result<String, Error> {
-    let rows = connection.query("SELECT setting FROM pg_settings WHERE name = $1", &[name])?;
-    Ok(value(rows).unwrap_or_default())
+    let value = connection.value("SELECT setting FROM pg_settings WHERE name = $1", &[name])?;
+    Ok(value.unwrap_or_default())
 }
 
-fn examine_settings(
-    connection: &mut Connection,
-    settings: &Settings,
-    report: &mut Report,
-) -> Result<(), Error> {
+fn examine_settings(connection: &mut Connection, report: &mut Report) -> Result<(), Error> {
     let place = connection.place().clone();
     let level = setting(connection, "wal_level")?;
     if level != "logical" {
@@ -74,14 +63,19 @@ fn examine_settings(
         );
     }
     if setting(connection, "max_slot_wal_keep_size")? == "-1" {
+        // It limits all that is kept, so what is kept now has to fit.
+        let sql = "SELECT CASE WHEN NOT pg_is_in_recovery() THEN (SELECT ceil(max(pg_wal_lsn_diff(pg_current_wal_lsn(), \
+                   restart_lsn)) / (1 << 30))::int8 FROM pg_replication_slots) END";
+        let kept_gib: u64 = connection.value(sql, &[])?.and_then(|n| n.parse().ok()).unwrap_or(0);
+        let limit_gib = (2 * kept_gib).max(10);
         report.finding(
             "log-without-limit",
             &place,
             "max_slot_wal_keep_size is -1: while the relay or Kafka is away, the log that the slot needs grows until the disk is \
              full and the database stops",
             &[
-                "-- less than what the disk has left; the slot is lost beyond it, and the database lives:",
-                "ALTER SYSTEM SET max_slot_wal_keep_size = '10GB';",
+                "-- less than what the slots keep now and the disk has left; beyond it a slot is lost, and the database lives:",
+                &format!("ALTER SYSTEM SET max_slot_wal_keep_size = '{limit_gib}GB';"),
                 RELOAD,
             ],
         );
@@ -106,7 +100,7 @@ fn examine_settings(
         }
         other => other?,
     }
-    if settings.postgres.hosts.len() == 1 && setting(connection, "fsync")? == "off" {
+    if setting(connection, "fsync")? == "off" {
         report.finding(
             "fsync-off",
             &place,
@@ -158,7 +152,7 @@ fn examine_slot(connection: &mut Connection, settings: &Settings, report: &mut R
             &[
                 "# what was committed since, and is not in Kafka, is told by:",
                 "cdc-relay audit",
-                "# then, to go on with a new slot:",
+                "# to publish it first, where the table tells the time: OPERATING.md, Slot lost. To go on without it:",
                 "cdc-relay accept-gap --yes",
             ],
         );
@@ -167,7 +161,7 @@ fn examine_slot(connection: &mut Connection, settings: &Settings, report: &mut R
     let Some(pid) = &slot.active_pid else {
         let sql = "SELECT pg_size_pretty(pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)) \
                    FROM pg_replication_slots WHERE slot_name = $1";
-        let kept = value(connection.query(sql, &[name])?).unwrap_or_else(|| "log".to_owned());
+        let kept = connection.value(sql, &[name])?.unwrap_or_else(|| "log".to_owned());
         report
             .note(format!("nobody streams from slot {name:?}, for which the server keeps {kept} of its log"));
         return Ok(());
@@ -203,7 +197,7 @@ fn examine_retention(
     let (place, role) = (connection.place().clone(), quote_identifier(&settings.postgres.user));
     let name = format!("{}.{}", quote_identifier(schema), quote_identifier(table));
     let ask = |connection: &mut Connection, sql: &str, parameters: &[&str]| {
-        Ok::<bool, Error>(value(connection.query(sql, parameters)?).as_deref() == Some("true"))
+        Ok::<bool, Error>(connection.value(sql, parameters)?.as_deref() == Some("true"))
     };
     if !ask(connection, "SELECT (to_regclass($1) IS NOT NULL)::text", &[&name])? {
         return Ok(());

@@ -8,12 +8,13 @@ use std::sync::{
 use service::{Failure, exit, shutdown::Shutdown};
 
 use crate::{
-    backfill::{Backfilled, OrderBy, Plan},
+    backfill::{Backfilled, Plan},
     config::Settings,
     error::Error,
     publication::Made,
     setup::{Desk, Report},
     slot::Failover,
+    snapshot::OrderBy,
 };
 
 #[derive(Debug, clap::Args)]

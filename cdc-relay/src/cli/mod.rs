@@ -6,6 +6,8 @@ mod check;
 mod dlq;
 mod init;
 mod probe;
+mod relay_api;
+mod replay;
 mod run;
 mod status;
 mod tail;
@@ -102,6 +104,13 @@ enum Command {
     /// Reads from a temporary slot, which is gone when this ends. Needs no more rights than the relay has (REPLICATION), one
     /// more slot and walsender of the server's limits, and no Kafka.
     Tail(tail::Tail),
+    /// Have the active relay publish records once more: rows of the retained outbox by id, aggregate or time, or records by LSN.
+    ///
+    /// Without --yes it only says which. A replayed record is what it was, with the header `replayed`; one that is made of a
+    /// row has no headers lsn and seq, which a row does not tell. Only what the slot has confirmed is published again, so no
+    /// first occurrence is overtaken; the stream goes on meanwhile. Ctrl-C ends it. Exits with 65 if something cannot be
+    /// published or is not there.
+    Replay(Box<replay::Replay>),
     /// Read and decode the slot's log to nowhere, and say how fast that went.
     ///
     /// Tells how fast this Postgres can give us this slot's log, and nothing else happens: nothing is published, and
@@ -124,6 +133,12 @@ enum Command {
 enum ConfigCommand {
     /// Print every key with its default.
     Example,
+}
+
+/// An aggregate, as `TYPE/ID`.
+fn aggregate(text: &str) -> Result<(String, String), String> {
+    let parts = text.split_once('/').ok_or_else(|| format!("{text:?} is not TYPE/ID"))?;
+    Ok((parts.0.to_owned(), parts.1.to_owned()))
 }
 
 impl Options {
@@ -171,6 +186,7 @@ fn carry_out(cli: Cli) -> Result<(), Failure> {
         Some(Command::Audit(audit)) => audit::audit(&settings, &audit),
         Some(Command::Status(status)) => status::status(&settings, &status),
         Some(Command::Tail(tail)) => tail::tail(&settings, &tail),
+        Some(Command::Replay(replay)) => replay::replay(&settings, &replay),
         Some(Command::Probe(probe)) => probe::probe(&settings, &probe),
         Some(Command::Dlq { command }) => dlq::carry_out(&settings, &command),
         _ => run::run(settings),

@@ -7,7 +7,9 @@ use std::{
 
 use service::{Failure, Health, access, exit::Kind, fleet::Fleet, health, http, metrics, shutdown::Shutdown};
 
-use crate::{admin::Metrics, config::Settings, dlq, monitor, retention, sessions, shared::Shared, wait};
+use crate::{
+    admin::Metrics, config::Settings, dlq, monitor, replay, retention, sessions, shared::Shared, wait,
+};
 
 /// How long a stop waits for what has nothing to save.
 const LEAVE_GRACE: Duration = Duration::from_secs(5);
@@ -29,6 +31,7 @@ pub(super) fn run(settings: Settings) -> Result<(), Failure> {
         postgres_stops: Arc::default(),
         server: Arc::default(),
         redrives: Arc::default(),
+        replays: Arc::default(),
     };
     let fleet =
         Fleet::join(shared.settings.fleet.clone(), "cdc-relay", env!("CARGO_PKG_VERSION"), &shared.health);
@@ -38,7 +41,10 @@ pub(super) fn run(settings: Settings) -> Result<(), Failure> {
         shared.metrics.register(&mut registry, &shared.settings);
         let address = listener.local_addr().map_err(|e| internal("tell the address", e))?;
         tracing::info!(%address, slot = shared.settings.slot, "starting");
-        let administration = dlq::api::router(Arc::clone(&shared.redrives));
+        let settings = Arc::clone(&shared.settings);
+        let replays = replay::api::router(Arc::clone(&shared.replays), settings, shared.waker.clone());
+        let redrives = dlq::api::router(Arc::clone(&shared.redrives), shared.waker.clone());
+        let administration = redrives.merge(replays);
         let administration = access::guard(administration, address, &shared.settings.admin_token);
         let router = health::router(shared.health.clone(), Arc::new(registry)).merge(administration);
         let (trigger, shutdown) = Shutdown::on_signals()?;

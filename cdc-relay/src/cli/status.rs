@@ -6,12 +6,15 @@ use service::{
     table::{age, or_dash},
 };
 
-use super::dlq::relay_url;
+use super::relay_api::relay_url;
 use crate::{
     config::Settings,
     error::Error,
     status::{self, Checkpoint, Look, Relay},
 };
+
+/// What lasts longer lasts long enough: two years.
+const FAR_SECONDS: f64 = 2.0 * 365.0 * 86_400.0;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Status {
@@ -67,8 +70,8 @@ fn print(status: &Look) {
         status.safe_wal_bytes.map(|bytes| {
             let time = status.seconds_to_slot_loss.map_or_else(String::new, |seconds| {
                 #[expect(clippy::cast_possible_truncation, reason = "as is enough for an age")]
-                let seconds = seconds as i64;
-                format!(", {} at this rate if it stays there", age(seconds))
+                let time = if seconds > FAR_SECONDS { "years".to_owned() } else { age(seconds as i64) };
+                format!(", {time} at this rate if it stays there")
             });
             format!("{bytes} bytes{time}")
         }),

@@ -6,25 +6,25 @@ use axum::{
     Json, Router,
     body::Bytes,
     extract::{DefaultBodyLimit, State, rejection::BytesRejection},
-    http::{HeaderMap, StatusCode, header},
+    http::{HeaderMap, StatusCode},
     routing::post,
 };
 use relay_core::{
     parking::Key,
-    redrive::{Options, Place, Plan},
+    redrive::{Options, Outcome, Place, Plan},
     route::is_legal_topic,
 };
 use serde::{Deserialize, Serialize};
 use service::{Problem, problem::FieldError};
 
-use super::desk::{Desk, NotNow, Order};
+use crate::{
+    desk::{self, BODY_LIMIT_BYTES, Failed, NotNow, RETRY_AFTER_SECONDS, read_order},
+    wait::Waker,
+};
 
 pub(crate) const PATH: &str = "/dlq/redrive";
 /// The most letters that one request may name.
 pub(crate) const LETTERS_LIMIT: usize = 10_000;
-const BODY_LIMIT_BYTES: usize = 1 << 20;
-/// When it makes sense to ask a relay again that is busy or without a session.
-const RETRY_AFTER_SECONDS: u32 = 5;
 
 /// The body of a request.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
@@ -70,7 +70,7 @@ pub(crate) struct Line {
     /// For a program: `redriven`, `discarded`, `already-done`, `not-found`, `cut`, `not-whole`, `no-topic`, `behind`,
     /// `refused`, `not-tried`.
     pub(crate) outcome: String,
-    /// For a person.
+    /// For a person: why; empty where it is done.
     pub(crate) detail: String,
     /// Whether the letter is open no more.
     pub(crate) done: bool,
@@ -87,13 +87,23 @@ pub(crate) struct Aggregate {
     pub(crate) open_letters: usize,
 }
 
-/// Why there is no report.
-#[derive(Debug, Clone)]
-pub(crate) struct Failed {
-    pub(crate) why: String,
-    /// Letters that were done before.
-    pub(crate) done: usize,
+/// What is asked for.
+#[derive(Debug)]
+pub(crate) struct Order {
+    /// Whose letters, `SYSTEM/SLOT`.
+    pub(crate) source: String,
+    pub(crate) letters: BTreeSet<Place>,
+    /// Instead of each letter's own.
+    pub(crate) topic: Option<String>,
+    pub(crate) options: Options,
 }
+
+/// Where a redrive is asked for.
+pub(crate) type Desk = desk::Desk<Order, Report>;
+/// A redrive that was asked for. Done are letters.
+pub(crate) type Job = desk::Job<Order, Report>;
+/// What comes of it.
+pub(crate) type Answer = Result<Report, Failed>;
 
 impl Report {
     pub(crate) fn new(plan: &Plan, freed: &[Key]) -> Self {
@@ -102,10 +112,11 @@ impl Report {
             id: key.aggregate_id.clone(),
             open_letters,
         };
-        let line = |(place, outcome): (&Place, &relay_core::redrive::Outcome)| Line {
+        let line = |(place, outcome): (&Place, &Outcome)| Line {
             letter: place.to_string(),
             outcome: outcome.name().into(),
-            detail: outcome.to_string(),
+            // That it is done says the outcome.
+            detail: if matches!(outcome, Outcome::Done(_)) { String::new() } else { outcome.to_string() },
             done: outcome.is_done(),
         };
         Self {
@@ -117,17 +128,26 @@ impl Report {
 }
 
 /// The route, without any check of who asks.
-pub(crate) fn router(desk: Arc<Desk>) -> Router {
-    Router::new().route(PATH, post(redrive)).layer(DefaultBodyLimit::max(BODY_LIMIT_BYTES)).with_state(desk)
+pub(crate) fn router(desk: Arc<Desk>, waker: Waker) -> Router {
+    Router::new()
+        .route(PATH, post(redrive))
+        .layer(DefaultBodyLimit::max(BODY_LIMIT_BYTES))
+        .with_state((desk, waker))
 }
 
 async fn redrive(
-    State(desk): State<Arc<Desk>>,
+    State((desk, waker)): State<(Arc<Desk>, Waker)>,
     headers: HeaderMap,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Json<Report>, Problem> {
-    let order = parse(&headers, body)?;
-    let answer = desk.leave(order).map_err(|e| match e {
+    let order = check(read_order(&headers, body, "redrive")?)?;
+    let for_relay = |source: &str| {
+        if !order.source.is_empty() && order.source != source {
+            return Err(NotNow::NotOurs(source.to_owned()));
+        }
+        Ok(Order { source: source.to_owned(), ..order })
+    };
+    let answer = desk.leave(for_relay).map_err(|e| match e {
         NotNow::Closed => unavailable(
             "this relay holds no slot at the moment (GET /health/ready says why): ask the one that streams",
         ),
@@ -140,9 +160,10 @@ async fn redrive(
             Problem::new(StatusCode::CONFLICT, "foreign-letters", title).detail(detail)
         }
     })?;
+    waker.wake();
     match answer.await {
         Ok(Ok(report)) => Ok(Json(report)),
-        Ok(Err(Failed { why, done })) => Err(unavailable(&format!(
+        Ok(Err(Failed { why, done, .. })) => Err(unavailable(&format!(
             "the redrive ended before its end: {why}. {done} letters were done before; ask again for the others"
         ))),
         Err(_) => Err(unavailable(
@@ -155,23 +176,6 @@ fn unavailable(detail: &str) -> Problem {
     Problem::new(StatusCode::SERVICE_UNAVAILABLE, "redrive-unavailable", "The relay cannot redrive now")
         .detail(detail)
         .retry_after_seconds(RETRY_AFTER_SECONDS)
-}
-
-fn parse(headers: &HeaderMap, body: Result<Bytes, BytesRejection>) -> Result<Order, Problem> {
-    // A page in a browser cannot send this type to another origin without asking first.
-    let kind = headers.get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or_default();
-    if kind.split(';').next().map(str::trim) != Some("application/json") {
-        let title = "The body is not application/json";
-        return Err(Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported-media-type", title));
-    }
-    let body = body.map_err(|e| {
-        Problem::new(e.status(), "bad-body", "The body cannot be read")
-            .detail(format!("{e}; at most {BODY_LIMIT_BYTES} bytes"))
-    })?;
-    let request: Request = serde_json::from_slice(&body).map_err(|e| {
-        Problem::new(StatusCode::BAD_REQUEST, "bad-body", "The body is not a redrive").detail(e.to_string())
-    })?;
-    check(request)
 }
 
 fn check(request: Request) -> Result<Order, Problem> {

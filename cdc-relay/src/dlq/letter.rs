@@ -5,13 +5,13 @@ use rdkafka::message::{Headers as _, Message};
 use relay_core::{
     parking::Key,
     poison::Kind,
-    record::{Headers, Identity, Record},
+    record::{Headers, Identity},
     redrive::{self, Place, State},
     route::is_legal_topic,
 };
 use serde::Serialize;
 
-use crate::config::Settings;
+use crate::{config::Settings, owned_record::OwnedRecord};
 
 const SOURCE: &str = "dlq.source";
 const REDRIVEN: &str = "dlq.redriven";
@@ -131,73 +131,42 @@ impl About {
     }
 }
 
-/// A record that a redrive writes.
-#[derive(Debug)]
-pub(crate) struct Letter {
-    topic: String,
-    key: Option<Vec<u8>>,
-    value: Option<Vec<u8>>,
-    partition: Option<i32>,
-    timestamp_ms: i64,
-    identity: Identity,
-    headers: Headers,
+/// The record that a letter was to be, for `topic` where that is given, else for its own.
+pub(crate) fn redriven(message: &impl Message, topic: Option<&str>, attempt: u32) -> Option<OwnedRecord> {
+    let Some(Found::Letter(about)) = read(message) else { return None };
+    let theirs = message.headers()?;
+    let end = (0..theirs.count()).rev().find(|i| theirs.get(*i).key == SOURCE)?;
+    let mut headers = Headers::default();
+    for header in (0..end).map(|i| theirs.get(i)) {
+        headers.push(header.key, header.value);
+    }
+    headers.push_text(ATTEMPT, &attempt.to_string());
+    Some(OwnedRecord {
+        row_id: about.row_id,
+        partition: about.partition.filter(|_| topic.is_none()),
+        topic: topic.unwrap_or(&about.topic).to_owned(),
+        // A row without an aggregate's id has an empty key in its own topic, and none as a letter.
+        key: Some(message.key().unwrap_or_default().to_vec()),
+        value: message.payload().map(<[u8]>::to_vec),
+        timestamp_ms: about.timestamp_ms,
+        identity: Identity { commit_lsn: about.lsn, seq: about.seq },
+        headers,
+    })
 }
 
-impl Letter {
-    /// The record that a letter was to be, for `topic` where that is given, else for its own.
-    pub(crate) fn redriven(message: &impl Message, topic: Option<&str>, attempt: u32) -> Option<Self> {
-        let Some(Found::Letter(about)) = read(message) else { return None };
-        let theirs = message.headers()?;
-        let end = (0..theirs.count()).rev().find(|i| theirs.get(*i).key == SOURCE)?;
-        let mut headers = Headers::default();
-        for header in (0..end).map(|i| theirs.get(i)) {
-            headers.push(header.key, header.value);
-        }
-        headers.push_text(ATTEMPT, &attempt.to_string());
-        Some(Self {
-            partition: about.partition.filter(|_| topic.is_none()),
-            topic: topic.unwrap_or(&about.topic).to_owned(),
-            // A row without an aggregate's id has an empty key in its own topic, and none as a letter.
-            key: Some(message.key().unwrap_or_default().to_vec()),
-            value: message.payload().map(<[u8]>::to_vec),
-            timestamp_ms: about.timestamp_ms,
-            identity: Identity { commit_lsn: about.lsn, seq: about.seq },
-            headers,
-        })
-    }
-
-    /// The marker that a letter is open no more. It goes behind the letter, so that who reads on from the letter finds
-    /// it.
-    pub(crate) fn marker(topic: &str, source: &str, of: Place, is_discarded: bool) -> Self {
-        let mut headers = Headers::default();
-        headers.push_text(SOURCE, source);
-        headers.push_text(if is_discarded { DISCARDED } else { REDRIVEN }, &of.to_string());
-        headers.push_text("dlq.at", &Utc::now().to_rfc3339_opts(SecondsFormat::Millis, true));
-        Self {
-            topic: topic.to_owned(),
-            key: None,
-            value: None,
-            partition: Some(of.partition),
-            timestamp_ms: Utc::now().timestamp_millis(),
-            identity: Identity::default(),
-            headers,
-        }
-    }
-
-    pub(crate) fn record(&self) -> Record<'_> {
-        Record {
-            identity: self.identity,
-            table: "",
-            row_id: "",
-            aggregate_type: "",
-            aggregate_id: "",
-            topic: &self.topic,
-            key: self.key.as_deref(),
-            value: self.value.as_deref(),
-            partition: self.partition,
-            timestamp_ms: self.timestamp_ms,
-            headers: &self.headers,
-        }
+/// The marker that a letter is open no more. It goes behind the letter, so that who reads on from the letter finds
+/// it.
+pub(crate) fn marker(topic: &str, source: &str, of: Place, is_discarded: bool) -> OwnedRecord {
+    let mut headers = Headers::default();
+    headers.push_text(SOURCE, source);
+    headers.push_text(if is_discarded { DISCARDED } else { REDRIVEN }, &of.to_string());
+    headers.push_text("dlq.at", &Utc::now().to_rfc3339_opts(SecondsFormat::Millis, true));
+    OwnedRecord {
+        topic: topic.to_owned(),
+        partition: Some(of.partition),
+        timestamp_ms: Utc::now().timestamp_millis(),
+        headers,
+        ..OwnedRecord::default()
     }
 }
 
@@ -240,7 +209,7 @@ mod tests {
         let Some(Found::Letter(about)) = read(&message) else { panic!("a letter") };
         assert_eq!((about.source.as_str(), about.topic.as_str()), ("1/slot", "orders"));
         assert_eq!(about.letter, Place { partition: 2, offset: 42 });
-        let letter = Letter::redriven(&message, None, 2).unwrap();
+        let letter = redriven(&message, None, 2).unwrap();
         let names: Vec<_> = letter.record().headers.iter().map(|(name, _)| name.to_owned()).collect();
         assert_eq!(names, ["id", "aggregatetype", "dlq.source", "dlq.redriven", "dlq.topic", "redriven"]);
         assert_eq!(letter.record().headers.get("redriven"), Some(Some(&b"2"[..])));

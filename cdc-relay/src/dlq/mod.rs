@@ -18,7 +18,6 @@
 
 pub(crate) mod api;
 pub(crate) mod archive;
-pub(crate) mod desk;
 pub(crate) mod letter;
 mod reader;
 pub(crate) mod redrive;

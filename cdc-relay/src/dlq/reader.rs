@@ -4,7 +4,7 @@
 use std::sync::{
     Arc,
     atomic::{AtomicBool, AtomicU64, Ordering},
-    mpsc::{Receiver, Sender, SyncSender, channel, sync_channel},
+    mpsc::{Receiver, Sender, channel, sync_channel},
 };
 
 use rdkafka::message::OwnedMessage;
@@ -15,8 +15,8 @@ use relay_core::{
 };
 
 use super::{
+    api::Order,
     archive::too_many,
-    desk::Order,
     letter::{self, Found},
 };
 use crate::{
@@ -24,6 +24,7 @@ use crate::{
     error::{Error, Kind},
     kafka::{History, Patience},
     shared::Shared,
+    wait::WakingSender,
 };
 
 /// How many letters may wait to be published. Each may be as large as the topic allows.
@@ -63,14 +64,14 @@ impl Reader {
         let seen = Arc::new(AtomicU64::new(0));
         let counted = Arc::clone(&seen);
         let work = move || {
-            let tell = Tell { told, waker: waker.clone() };
+            let tell = WakingSender { told, waker: waker.clone() };
             let patience = || {
                 if stopped.load(Ordering::Relaxed) { Err(nobody()) } else { Ok(()) }
             };
             let topic = Topic { settings: &settings, source, patience: &patience, seen: &counted };
             if let Err(e) = topic.work(index, options, &rested, &tell) {
                 // Whoever is not interested any more has dropped us.
-                let _ = tell.tell(News::Failed(e));
+                tell.send(News::Failed(e));
             }
         };
         let thread = std::thread::Builder::new().name("redrive".into()).spawn(work);
@@ -106,26 +107,6 @@ fn nobody() -> Error {
     Error::new(Kind::GaveUp, "nobody waits for the redrive any more")
 }
 
-struct Tell {
-    told: SyncSender<News>,
-    waker: crate::wait::Waker,
-}
-
-impl Tell {
-    fn tell(&self, news: News) -> Result<(), Error> {
-        // The receiver takes one only when it is awake, so it is woken before we may have to wait, too.
-        let sent = match self.told.try_send(news) {
-            Err(std::sync::mpsc::TrySendError::Full(news)) => {
-                self.waker.wake();
-                self.told.send(news).map_err(|_| nobody())
-            }
-            other => other.map_err(|_| nobody()),
-        };
-        self.waker.wake();
-        sent
-    }
-}
-
 /// The dead-letter topic of one relay.
 struct Topic<'a> {
     settings: &'a Settings,
@@ -140,25 +121,26 @@ impl Topic<'_> {
         mut index: Index,
         options: Options,
         rested: &Receiver<(Vec<Key>, Lsn)>,
-        tell: &Tell,
+        tell: &WakingSender<News>,
     ) -> Result<(), Error> {
         let topic = &self.settings.dead_letter_topic;
         let Some(mut history) = History::open(&self.settings.kafka, topic, self.patience)? else {
             return Err(Error::new(Kind::Refused, format!("topic {topic} does not exist")));
         };
         self.read_on(&mut history, &mut index)?;
-        tell.tell(News::Read)?;
+        let tell = |news| if tell.send(news) { Ok(()) } else { Err(nobody()) };
+        tell(News::Read)?;
         let (parked, settled_to) = rested.recv().map_err(|_| nobody())?;
         index.at_rest(parked, settled_to);
         self.read_on(&mut history, &mut index)?;
         let plan = index.plan(options);
         let places = if options.discard { Vec::new() } else { plan.places() };
-        tell.tell(News::Planned(plan))?;
+        tell(News::Planned(plan))?;
         for Place { partition, offset } in places {
             let letter = history.fetch(partition, offset, self.patience)?;
-            tell.tell(News::Letter(letter.map(Box::new)))?;
+            tell(News::Letter(letter.map(Box::new)))?;
         }
-        tell.tell(News::End)
+        tell(News::End)
     }
 
     fn read_on(&self, history: &mut History, index: &mut Index) -> Result<(), Error> {

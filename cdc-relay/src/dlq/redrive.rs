@@ -15,14 +15,15 @@ use relay_core::{
 };
 
 use super::{
-    api::{Failed, Report},
-    desk::{Answer, Job},
-    letter::Letter,
+    api::{Answer, Job, Report},
+    letter,
     reader::{News, Reader},
 };
 use crate::{
+    desk::{Failed, Hands, Progress},
     error::{Error, Kind},
-    kafka::{Offer, Producer},
+    kafka::Offer,
+    owned_record::OwnedRecord,
     shared::Shared,
 };
 
@@ -52,28 +53,9 @@ enum Phase {
 /// A record that is on its way to the producer, and what it is for.
 struct Pending {
     ticket: Ticket,
-    letter: Letter,
+    letter: OwnedRecord,
     /// None: a marker.
     step: Option<Step>,
-}
-
-/// What a redrive works with.
-pub(crate) struct Hands<'a> {
-    pub(crate) shared: &'a Shared,
-    pub(crate) relay: &'a mut Relay,
-    pub(crate) producer: &'a mut Producer,
-    pub(crate) now: Duration,
-    /// Whether to come to an end soon.
-    pub(crate) hurry: bool,
-}
-
-/// How far it is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Progress {
-    /// Nothing to do until something else happens.
-    Waits,
-    Moved,
-    Over,
 }
 
 /// One redrive.
@@ -231,7 +213,7 @@ impl Redrive {
                 // It is the next step's letter, which may be taken no more.
                 if let Next::Take(step) = self.plan.next_step() {
                     let topic = self.job.order.topic.as_deref();
-                    match message.and_then(|m| Letter::redriven(&*m, topic, step.attempt)) {
+                    match message.and_then(|m| letter::redriven(&*m, topic, step.attempt)) {
                         Some(letter) => self.pend(hands, letter, Some(step)),
                         None => self.plan.refused(&step, "the letter is not in its topic any more".into()),
                     }
@@ -253,11 +235,11 @@ impl Redrive {
         };
         let topic = &hands.shared.settings.dead_letter_topic;
         let order = &self.job.order;
-        let marker = Letter::marker(topic, &order.source, place, order.options.discard);
+        let marker = letter::marker(topic, &order.source, place, order.options.discard);
         self.pend(hands, marker, None);
     }
 
-    fn pend(&mut self, hands: &mut Hands<'_>, letter: Letter, step: Option<Step>) {
+    fn pend(&mut self, hands: &mut Hands<'_>, letter: OwnedRecord, step: Option<Step>) {
         hands.relay.set_hold(true);
         let ticket = hands.relay.begin_own(letter.record().cost_bytes(), hands.now);
         self.pending = Some(Pending { ticket, letter, step });
@@ -334,8 +316,8 @@ impl Redrive {
     /// Ends it before its end.
     pub(crate) fn give_up(&mut self, why: &str) {
         tracing::warn!("redrive: given up: {why}");
-        let done = self.plan.outcomes().values().filter(|o| matches!(o, Outcome::Done(_))).count();
-        self.answer = Some(Err(Failed { why: why.to_owned(), done }));
+        let done = self.plan.outcomes().values().filter(|o| matches!(o, Outcome::Done(_))).count() as u64;
+        self.answer = Some(Err(Failed { why: why.to_owned(), done, kind: None }));
     }
 
     /// Tells whoever asked what came of it, once another may be asked for.

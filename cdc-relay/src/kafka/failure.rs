@@ -36,22 +36,35 @@ impl Producer {
         self.inner.purge(PurgeConfig::default().queue().inflight());
         // The cause, or the rest of its batch, may be in reports that are still to come.
         std::thread::sleep(CAUSE_GRACE);
-        let (failed, count) = {
+        let (failed, count, replay) = {
             let reports = self.inner.context().reports();
-            (reports.failed.clone(), reports.refused)
+            (reports.failed.clone(), reports.refused, reports.failed_replay.clone())
         };
         let id = self.coordinator.as_ref().map(|(_, own)| own.id.as_str());
         if let Some((id, error)) = id.and_then(|id| Some((id, transactions::why(&self.inner)?))) {
-            let not_added = self.inner.context().reports().not_added.clone();
+            let not_added = self.inner.context().reports().not_added.clone().filter(|_| replay.is_none());
             let is_refused = error.rdkafka_error_code() == Some(RDKafkaErrorCode::TopicAuthorizationFailed);
             if let Some(NotAdded { topic, first }) = not_added.filter(|_| is_refused) {
                 let code = RDKafkaErrorCode::TopicAuthorizationFailed;
                 return refused(&Failed { code, topic, identity: first });
             }
             let why = transactions::failed(&error, id);
-            if why.kind != Kind::DeliveryFailed {
+            if why.kind != Kind::DeliveryFailed && (replay.is_none() || why.kind == Kind::Fenced) {
                 return why;
             }
+        }
+        // With the session ends the replay, and the next one has no such record. What a row of the same batch is refused for
+        // shows itself there.
+        if let Some((code, topic)) = replay {
+            let failed = Failed { code, topic, identity: None };
+            let as_batch = batch_refused(&failed);
+            // The next session's batches are smaller, so that the replay can succeed.
+            if as_batch.kind == Kind::BatchTooLarge && count > 1 && self.batch != Batch::Single {
+                return as_batch;
+            }
+            let topic = failed.topic;
+            let what = format!("Kafka did not take a record of a replay for topic {topic:?}: {code}");
+            return Error::new(Kind::DeliveryFailed, what);
         }
         // A fatal error of its own, such as a refused producer id, comes without a report of a record.
         if let Some((code, reason)) = self.inner.client().fatal_error()

@@ -65,6 +65,11 @@ impl History {
         Ok(Some(Self { consumer, uncommitted, topic: topic.to_owned(), next, cursor: None }))
     }
 
+    /// The topic's partitions, as they were when it was opened.
+    pub(crate) fn partitions(&self) -> Vec<i32> {
+        self.next.keys().copied().collect()
+    }
+
     /// Hands every record that was not handed out yet to `take`, partition by partition in order, until the present
     /// end of the topic. What is in transactions that are open now is waited for.
     ///

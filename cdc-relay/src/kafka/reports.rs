@@ -30,6 +30,19 @@ use crate::{
 /// Stands for the checkpoint where a record has its ticket.
 pub(super) const CHECKPOINT: usize = usize::MAX;
 
+/// Stands beside the ticket of a record that is published once more. No producer has 2^62 records.
+pub(super) const REPLAYED: usize = 1 << 62;
+
+/// How a record is known to librdkafka.
+pub(super) fn opaque(ticket: Ticket) -> usize {
+    usize::try_from(ticket.0).unwrap_or(CHECKPOINT)
+}
+
+/// The ticket of a record that is known to librdkafka so.
+pub(super) fn ticket_of(opaque: usize) -> Ticket {
+    Ticket((opaque & !REPLAYED) as u64)
+}
+
 /// What Kafka has said since it was last asked.
 #[derive(Debug, Default)]
 pub(super) struct Reports {
@@ -41,6 +54,8 @@ pub(super) struct Reports {
     pub(super) not_added: Option<NotAdded>,
     /// The open transaction cannot be committed any more.
     pub(super) is_transaction_broken: bool,
+    /// One that was published once more and failed by itself, or with its topic.
+    pub(super) failed_replay: Option<(RDKafkaErrorCode, String)>,
     /// How many records were refused by themselves, or for what another of their batch is.
     pub(super) refused: usize,
 }
@@ -80,8 +95,16 @@ impl Context {
         self.waker.wake();
     }
 
-    fn fail(&self, code: RDKafkaErrorCode, message: Option<&BorrowedMessage<'_>>) {
+    fn fail(&self, code: RDKafkaErrorCode, message: Option<(&BorrowedMessage<'_>, usize)>) {
         let mut reports = self.reports();
+        let is_replay = message.is_some_and(|(_, opaque)| opaque != CHECKPOINT && opaque & REPLAYED != 0);
+        let message = message.map(|(message, _)| message);
+        if let Some(message) = message.filter(|_| is_replay)
+            && (!is_consequence(code)
+                || reports.not_added.as_ref().is_some_and(|not_added| not_added.topic == message.topic()))
+        {
+            reports.failed_replay.get_or_insert((code, message.topic().to_owned()));
+        }
         if let (Some(not_added), Some(message)) = (&mut reports.not_added, message)
             && not_added.first.is_none()
             && not_added.topic == message.topic()
@@ -177,7 +200,7 @@ impl ProducerContext for Context {
             // written as well. But a broker takes any sequence number from a producer that it does not know yet, so after
             // it has refused the first one for the moment (too few replicas in sync), the second may be the first.
             Ok(message) if message.offset() < 0 => {
-                self.fail(RDKafkaErrorCode::Inconsistent, Some(message));
+                self.fail(RDKafkaErrorCode::Inconsistent, Some((message, ticket)));
             }
             Ok(_) => {
                 let mut reports = self.reports();
@@ -185,7 +208,7 @@ impl ProducerContext for Context {
                 if ticket == CHECKPOINT {
                     reports.checkpointed = true;
                 } else if !faults::has(Fault::ConfirmOnEnqueue) {
-                    reports.acknowledged.push(Ticket(ticket as u64));
+                    reports.acknowledged.push(ticket_of(ticket));
                 }
                 drop(reports);
                 if first {
@@ -194,7 +217,7 @@ impl ProducerContext for Context {
             }
             Err((error, message)) => {
                 let code = error.rdkafka_error_code().unwrap_or(RDKafkaErrorCode::Unknown);
-                self.fail(code, Some(message));
+                self.fail(code, Some((message, ticket)));
             }
         }
     }

@@ -18,7 +18,7 @@ use crate::{
 };
 
 /// How long to wait for a broker's answer.
-const TIMEOUT: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Which brokers are to have a partition, and which have all of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -82,7 +82,7 @@ impl Survey {
                 };
                 Surveyed::Topic {
                     partitions: topic.partitions().iter().map(partition).collect(),
-                    settings: self.settings(&ResourceSpecifier::Topic(name)),
+                    settings: settings(&self.admin, &ResourceSpecifier::Topic(name)),
                 }
             }
             Some(RDKafkaRespErr::RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART) => Surveyed::Missing,
@@ -93,17 +93,18 @@ impl Survey {
 
     /// A broker's setting; None where we may not ask.
     pub(crate) fn broker_setting(&self, name: &str) -> Option<String> {
-        self.settings(&ResourceSpecifier::Broker(self.any_broker)).remove(name)
+        settings(&self.admin, &ResourceSpecifier::Broker(self.any_broker)).remove(name)
     }
+}
 
-    fn settings(&self, of: &ResourceSpecifier<'_>) -> BTreeMap<String, String> {
-        let Ok(runtime) = tokio::runtime::Builder::new_current_thread().build() else {
-            return BTreeMap::new();
-        };
-        let options = AdminOptions::new().request_timeout(Some(TIMEOUT));
-        let described = runtime.block_on(self.admin.describe_configs([of], &options));
-        let described = described.ok().and_then(|all| all.into_iter().next()?.ok());
-        let entries = described.into_iter().flat_map(|resource| resource.entries);
-        entries.filter_map(|entry| Some((entry.name, entry.value?))).collect()
-    }
+/// The settings of a topic or a broker; empty where we may not ask.
+pub(super) fn settings(admin: &AdminClient<Quiet>, of: &ResourceSpecifier<'_>) -> BTreeMap<String, String> {
+    let Ok(runtime) = tokio::runtime::Builder::new_current_thread().build() else {
+        return BTreeMap::new();
+    };
+    let options = AdminOptions::new().request_timeout(Some(TIMEOUT));
+    let described = runtime.block_on(admin.describe_configs([of], &options));
+    let described = described.ok().and_then(|all| all.into_iter().next()?.ok());
+    let entries = described.into_iter().flat_map(|resource| resource.entries);
+    entries.filter_map(|entry| Some((entry.name, entry.value?))).collect()
 }

@@ -11,7 +11,7 @@ use std::{
 
 use rdkafka::{
     ClientConfig,
-    admin::{AdminClient, AdminOptions, ResourceSpecifier},
+    admin::{AdminClient, ResourceSpecifier},
     metadata::MetadataTopic,
     producer::{BaseProducer, Producer as _},
     types::RDKafkaRespErr,
@@ -20,6 +20,7 @@ use rdkafka::{
 use super::{
     client::{Quiet, client_config},
     reports::Context,
+    survey,
 };
 use crate::{
     config::KafkaConfig,
@@ -129,10 +130,5 @@ pub(crate) fn is_compacted(config: &KafkaConfig, topic: &str) -> Option<bool> {
 
 fn setting(config: &ClientConfig, topic: &str, name: &str) -> Option<String> {
     let admin: AdminClient<Quiet> = config.create_with_context(Quiet).ok()?;
-    let runtime = tokio::runtime::Builder::new_current_thread().build().ok()?;
-    let options = AdminOptions::new().request_timeout(Some(TIMEOUT));
-    let resource = [ResourceSpecifier::Topic(topic)];
-    let described = runtime.block_on(admin.describe_configs(&resource, &options)).ok()?;
-    let topic = described.into_iter().next()?.ok()?;
-    topic.get(name)?.value.clone()
+    survey::settings(&admin, &ResourceSpecifier::Topic(topic)).remove(name)
 }

@@ -76,6 +76,7 @@ pub(super) fn begin<'a>(
         refused: memory.refused.clone(),
         pending: None,
         redrive: None,
+        replay: None,
         ahead: Ahead::new(sizes.map_or(0, |sizes| sizes.bytes)),
         apart: memory.apart,
         acknowledged: Vec::new(),
@@ -118,13 +119,14 @@ impl Session<'_> {
         self.shared.metrics.enter(State::Streaming);
         self.shared.health.ready("streaming");
         self.shared.redrives.open(self.writer.owner.key());
+        self.shared.replays.desk.open(self.writer.owner.key());
         let (slot, confirmed) = (&self.shared.settings.slot, self.confirmed_at_start);
         tracing::info!(slot, confirmed_lsn = %confirmed, checkpoint_lsn = %checkpoint.lsn, "streaming");
         Ok(())
     }
 
     /// Asks the server whether our stream has the slot: that it has ended may not have reached us.
-    fn holds_slot(&self) -> Result<bool, Error> {
+    pub(super) fn holds_slot(&self) -> Result<bool, Error> {
         let settings = &*self.shared.settings;
         let place = self.stream.place.clone();
         let mut connection =

@@ -39,7 +39,11 @@ impl Session<'_> {
     /// Whether nothing is left to do before a stop. While what earlier sessions wrote down is unknown, nothing was
     /// begun.
     pub(super) fn is_drained(&self) -> bool {
-        !self.is_admitted || (self.pending.is_none() && self.redrive.is_none() && self.relay.is_at_rest())
+        !self.is_admitted
+            || (self.pending.is_none()
+                && self.redrive.is_none()
+                && self.replay.is_none()
+                && self.relay.is_at_rest())
     }
 
     /// What was enqueued before the row that halts us is still acknowledged and confirmed, so that the next start,

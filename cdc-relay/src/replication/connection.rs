@@ -1,6 +1,9 @@
 //! A connection for SQL: what the relay asks the server beside the stream.
 
-use std::{io, time::Duration};
+use std::{
+    io,
+    time::{Duration, Instant},
+};
 
 use postgres_protocol::{IsNull, message::frontend};
 
@@ -9,12 +12,16 @@ use super::{
     handshake::{self, Purpose},
     place::Place,
     server_error::server_error,
+    tls,
     wire::{Fill, Wire},
 };
 use crate::error::{Error, Kind};
 
 /// The most an answer to one query may hold, in rows.
 const ROWS_LIMIT: usize = 10_000;
+
+/// How often whoever waits for rows is asked whether that is still wanted.
+const ASK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// A row of text values.
 pub(crate) type TextRow = Vec<Option<String>>;
@@ -24,6 +31,8 @@ pub(crate) type TextRow = Vec<Option<String>>;
 pub(crate) struct Connection {
     wire: Wire,
     place: Place,
+    /// How long the server may say nothing while an answer is due.
+    answer_timeout: Duration,
 }
 
 impl Connection {
@@ -56,7 +65,11 @@ impl Connection {
         purpose: Purpose,
         timeout: Duration,
     ) -> Result<Self, Error> {
-        handshake::connect(info, &place, purpose, timeout).map(|wire| Self { wire, place })
+        handshake::connect(info, &place, purpose, timeout).map(|wire| Self {
+            wire,
+            place,
+            answer_timeout: timeout,
+        })
     }
 
     /// Opens another connection to the same server: what one asks must be true for the other.
@@ -84,7 +97,7 @@ impl Connection {
 
     /// In DER form, where the connection has TLS.
     pub(crate) fn server_certificate(&self) -> Option<Vec<u8>> {
-        Some(self.wire.transport().tls()?.peer_certificates()?.first()?.to_vec())
+        tls::shown(self.wire.transport().tls()?)
     }
 
     /// What tells a running server from any other: when it was started, in microseconds.
@@ -119,7 +132,12 @@ impl Connection {
     }
 
     /// How long to wait for an answer from now on.
-    pub(crate) fn set_answer_timeout(&self, timeout: Duration) -> Result<(), Error> {
+    pub(crate) fn set_answer_timeout(&mut self, timeout: Duration) -> Result<(), Error> {
+        self.answer_timeout = timeout;
+        self.set_read_timeout(timeout)
+    }
+
+    fn set_read_timeout(&self, timeout: Duration) -> Result<(), Error> {
         self.wire
             .set_timeout(timeout)
             .map_err(|e| Error::postgres_io("the connection to Postgres failed", &e))
@@ -133,6 +151,35 @@ impl Connection {
 
     /// Runs one statement with text parameters.
     pub(crate) fn query(&mut self, sql: &str, parameters: &[&str]) -> Result<Vec<TextRow>, Error> {
+        self.send_with(sql, parameters)?;
+        self.answer()
+    }
+
+    /// The first value of the first row; None where there is no row, or that is NULL.
+    pub(crate) fn value(&mut self, sql: &str, parameters: &[&str]) -> Result<Option<String>, Error> {
+        let rows = self.query(sql, parameters)?;
+        Ok(rows.into_iter().next().and_then(|row| row.into_iter().next()?))
+    }
+
+    /// Runs one statement with text parameters, and hands over each row as it comes: nothing is kept, and the server
+    /// waits while a row is handled. While none comes, `patience` is asked once a second.
+    ///
+    /// # Errors
+    /// The server's, or what `take` or `patience` says, after which the connection is of no more use.
+    pub(crate) fn each_row(
+        &mut self,
+        sql: &str,
+        parameters: &[&str],
+        patience: &dyn Fn() -> Result<(), Error>,
+        take: impl FnMut(Values<'_>) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        self.send_with(sql, parameters)?;
+        self.set_read_timeout(ASK_INTERVAL.min(self.answer_timeout))?;
+        self.read_answer(patience, take)?;
+        self.set_read_timeout(self.answer_timeout)
+    }
+
+    fn send_with(&mut self, sql: &str, parameters: &[&str]) -> Result<(), Error> {
         let out = &mut self.wire.out;
         let built = frontend::parse("", sql, [], out)
             .and_then(|()| {
@@ -148,26 +195,12 @@ impl Connection {
             .and_then(|()| frontend::execute("", 0, out));
         built.map_err(|e| Error::postgres_io("cannot send a query", &e))?;
         frontend::sync(out);
-        self.answer()
-    }
-
-    /// Runs one statement without parameters, and hands over each row as it comes: nothing is kept, and the server
-    /// waits while a row is handled.
-    ///
-    /// # Errors
-    /// The server's, or what `take` says, after which the connection is of no more use.
-    pub(crate) fn each_row(
-        &mut self,
-        sql: &str,
-        take: impl FnMut(Values<'_>) -> Result<(), Error>,
-    ) -> Result<(), Error> {
-        self.send_query(sql)?;
-        self.read_answer(take)
+        Ok(())
     }
 
     fn answer(&mut self) -> Result<Vec<TextRow>, Error> {
         let mut rows = Vec::new();
-        self.read_answer(|values| {
+        self.read_answer(&|| Ok(()), |values| {
             if rows.len() < ROWS_LIMIT {
                 let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
                 rows.push(values.map(|value| value.map(text)).collect());
@@ -177,14 +210,23 @@ impl Connection {
         Ok(rows)
     }
 
-    fn read_answer(&mut self, mut take: impl FnMut(Values<'_>) -> Result<(), Error>) -> Result<(), Error> {
+    fn read_answer(
+        &mut self,
+        patience: &dyn Fn() -> Result<(), Error>,
+        mut take: impl FnMut(Values<'_>) -> Result<(), Error>,
+    ) -> Result<(), Error> {
         let io = |e: io::Error| Error::postgres_io("the connection to Postgres failed", &e);
         self.wire.flush().map_err(io)?;
-        let mut failed = None;
+        let (mut failed, mut heard) = (None, Instant::now());
         loop {
             let Some((tag, body)) = self.wire.next_frame().map_err(io)? else {
-                if self.wire.fill().map_err(io)? == Fill::Empty {
-                    return Err(io(io::Error::new(io::ErrorKind::TimedOut, "no answer in time")));
+                match self.wire.fill().map_err(io)? {
+                    Fill::Data => heard = Instant::now(),
+                    // The read has waited for its time-out, which may be a part of the whole one.
+                    Fill::Empty if heard.elapsed() + ASK_INTERVAL / 2 >= self.answer_timeout => {
+                        return Err(io(io::Error::new(io::ErrorKind::TimedOut, "no answer in time")));
+                    }
+                    Fill::Empty => patience()?,
                 }
                 continue;
             };

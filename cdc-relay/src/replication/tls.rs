@@ -80,6 +80,11 @@ pub(crate) fn onlooker(host: &str) -> Result<ClientConnection, Error> {
     ClientConnection::new(Arc::new(config), name).map_err(|e| bad(format!("TLS cannot be set up: {e}")))
 }
 
+/// The certificate that the server has shown, in DER form.
+pub(crate) fn shown(connection: &ClientConnection) -> Option<Vec<u8>> {
+    connection.peer_certificates()?.first().map(|der| der.to_vec())
+}
+
 fn roots(info: &ConnInfo) -> Result<RootCertStore, Error> {
     let mut roots = RootCertStore::empty();
     match &info.ssl_root_cert {

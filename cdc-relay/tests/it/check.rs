@@ -43,7 +43,7 @@ fn mend(pair: &Pair, report: &Value) {
 }
 
 /// What `check` wants of every server.
-const LIMITED: [Setting<'_>; 1] = [("max_slot_wal_keep_size", "1GB")];
+const LIMITED: [Setting<'_>; 2] = [("max_slot_wal_keep_size", "1GB"), ("fsync", "on")];
 
 #[test]
 fn what_it_says_mends_what_it_finds() {

@@ -1,4 +1,4 @@
-//! Kafka's users and permissions, which the client library has no calls for: two requests of its protocol, written
+//! Kafka's users and permissions, which the client library has no calls for: three requests of its protocol, written
 //! out (<https://kafka.apache.org/protocol>).
 
 use std::{
@@ -7,6 +7,9 @@ use std::{
     num::NonZeroU32,
 };
 
+use crate::database::eventually;
+
+const DESCRIBE_ACLS: (u16, u16) = (29, 1);
 const CREATE_ACLS: (u16, u16) = (30, 1);
 const ALTER_USER_SCRAM_CREDENTIALS: (u16, u16) = (51, 0);
 const ITERATIONS: u32 = 4096;
@@ -44,16 +47,22 @@ fn create_acl(
     operation: Operation,
     (resource, name, pattern): (u8, &str, u8),
 ) {
-    let mut body = 1i32.to_be_bytes().to_vec();
-    body.push(resource);
-    string(&mut body, name);
-    body.push(pattern);
-    string(&mut body, principal);
-    string(&mut body, "*");
-    body.extend([operation as u8, 3]); // allow
-    let answer = request(broker, CREATE_ACLS, b"", &body);
+    let mut acl = vec![resource];
+    string(&mut acl, name);
+    acl.push(pattern);
+    string(&mut acl, principal);
+    string(&mut acl, "*");
+    acl.extend([operation as u8, 3]); // allow
+    let answer = request(broker, CREATE_ACLS, b"", &[&1i32.to_be_bytes(), &*acl].concat());
     // Correlation id, throttle time, one result, its error code.
     assert_eq!(answer[12..14], [0, 0], "{}", String::from_utf8_lossy(&answer));
+    // The controller has it; the broker, which decides and which is asked here, is a moment behind.
+    eventually("the broker knows the permission", || {
+        let answer = request(broker, DESCRIBE_ACLS, b"", &acl);
+        // Correlation id, throttle time, no error and an empty text of it, and how many resources were found.
+        assert_eq!(answer[8..12], [0; 4], "{}", String::from_utf8_lossy(&answer));
+        (answer[12..16] != [0; 4]).then_some(())
+    });
 }
 
 /// Makes a user with a password, for SCRAM-SHA-512.

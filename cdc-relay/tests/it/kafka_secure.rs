@@ -289,17 +289,23 @@ fn without_permissions(secure: &Secure) {
 /// By `cdc-relay check`, whether or not anybody minds; also where the broker wants one of ours first.
 fn a_certificate_that_is_over_is_told(secure: &Secure) {
     let database = secure.database();
-    let found = |brokers: &str, properties: &Properties<'_>| {
+    let check = |brokers: &str, properties: &Properties<'_>| {
         let environment = environment(brokers, properties);
         let output = command(&database).args(["check", "--json"]).envs(environment).output().unwrap();
         let report = String::from_utf8(output.stdout).unwrap();
         assert!(!report.contains("was not seen"), "{report}");
-        report.contains("the broker's certificate is over since 2021-12-31")
+        report
     };
+    let over = "the broker's certificate is over since 2021-12-31";
     let unchecked = with(secure.tls(), &[("enable.ssl.certificate.verification", "false")]);
-    assert!(found(&secure.expired, &unchecked));
+    let report = check(&secure.expired, &unchecked);
+    assert!(report.contains(over), "{report}");
+    // Where it is checked, nobody gets in, and it is told why.
+    let report = check(&secure.expired, &secure.tls());
+    assert!(report.contains(over) && report.contains("kafka-"), "{report}");
     let certificate = secure.ours.certificate("looks", 2099);
-    assert!(!found(&secure.mutual, &with(secure.tls(), &client_certificate(&certificate))));
+    let report = check(&secure.mutual, &with(secure.tls(), &client_certificate(&certificate)));
+    assert!(!report.contains(over), "{report}");
 }
 
 fn a_refusal_that_heals_is_forgotten(secure: &Secure) {

@@ -17,9 +17,10 @@ fn a_reader_that_is_gone_ends_a_command_and_is_no_error_of_it() {
         &["status"][..],
         &["status", "--json"],
         &["check"],
-        &["audit"],
+        &["audit", "--wait", "1"],
         &["init"],
         &["accept-gap"],
+        &["replay", "--id", "00000000-0000-0000-0000-000000000000"],
         &["config", "example"],
         &["--check-config"],
     ] {

@@ -173,15 +173,17 @@ fn a_partition_that_is_over_is_dropped_once_it_is_confirmed_whoever_detached_it(
     let name = database.name.clone();
     let relay = Relay::start(&database, &DROP);
     stack.stop("kafka-1");
+    // At once: what is over when the relay looks waits for Kafka, and before that it does not look again.
+    database.run("BEGIN");
     for year in 2000..2000 + KILLS {
         database.run(&format!(
-            "BEGIN; CREATE TABLE outbox_{year} PARTITION OF outbox FOR VALUES FROM ('{year}-01-01') TO ('{}-01-01'); \
+            "CREATE TABLE outbox_{year} PARTITION OF outbox FOR VALUES FROM ('{year}-01-01') TO ('{}-01-01'); \
              ALTER TABLE outbox_{year} OWNER TO {name}",
             year + 1
         ));
         insert_of(&mut database, year, &topic.kind, (year - 2000) * 5, 5);
-        database.run("COMMIT");
     }
+    database.run("COMMIT");
     eventually("they are detached", || {
         let sql = "SELECT count(*) FROM pg_class WHERE relname ~ '^outbox_[0-9]+$' AND NOT relispartition";
         (database.number(sql) == 10).then_some(())

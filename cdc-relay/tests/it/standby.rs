@@ -239,6 +239,9 @@ fn what_another_published_before_the_past_was_read_is_no_other_log() {
     let slot = database.slot.clone();
     let held = format!("SELECT active::int::int8 FROM pg_replication_slots WHERE slot_name = '{slot}'");
     eventually("the first one has the slot", || (database.number(&held) == 1).then_some(()));
+    // And has looked at it: what is left is to read the past.
+    let has_begun = || first.metric("cdc_relay_sessions_total").filter(|sessions| *sessions >= 1.0).map(drop);
+    eventually("its session has begun", has_begun);
     network.cut();
     let mut second = Relay::spawn(&database, &[]);
     second.wait_for_state("streaming");
@@ -286,11 +289,18 @@ fn frozen(delivery: &Delivery) {
     let repeated = delivery.assert(&topic.read(count), count);
     println!("{count} rows, {repeated} repeated by a relay that was frozen");
     assert_nothing_taken_back(&mut database, &instance(&first), &instance(&second));
+    // And the next one goes on where everything is published.
     first.stop();
-    second.stop();
+    second.kill();
+    let third = Relay::start(&database, delivery.environment);
+    database.insert(&topic.kind, count, 100);
+    let lsn = database.current_lsn();
+    eventually("everything is confirmed", || (database.unconfirmed_bytes(&lsn) <= 0).then_some(()));
+    delivery.assert(&topic.read(count + 100), count + 100);
+    third.stop();
 }
 
-/// Asserts that no checkpoint of the former relay takes back what its successor has written.
+/// Asserts that no checkpoint of the former relay takes back what its successor has written, or goes beyond it.
 fn assert_nothing_taken_back(database: &mut Database, former: &str, successor: &str) {
     let (mut highest, mut successors) = (0, 0);
     for entry in checkpoints::all(database) {

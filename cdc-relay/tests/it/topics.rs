@@ -101,12 +101,28 @@ impl Topic {
         messages
     }
 
-    /// Changes one of its settings.
+    /// Changes one of its settings, and waits until the broker goes by it.
+    ///
+    /// A broker takes changes up one by one, some time after they were accepted, and tells of one before it goes by it. So by
+    /// the time it tells of another one, it goes by the one before.
     pub(crate) fn configure(&self, key: &str, value: &str) {
         let admin: AdminClient<DefaultClientContext> = client(&self.brokers).create().unwrap();
-        let change = AlterConfig::new(ResourceSpecifier::Topic(&self.name)).set(key, value);
-        let altered = runtime().block_on(admin.alter_configs([&change], &AdminOptions::new())).unwrap();
+        self.change(&admin, &[(key, value)]);
+        self.change(&admin, &[(key, value), ("file.delete.delay.ms", "60001")]);
+    }
+
+    /// Replaces its settings, and waits until the broker tells of the last of these.
+    fn change(&self, admin: &AdminClient<DefaultClientContext>, settings: &[(&str, &str)]) {
+        let (topic, options) = (ResourceSpecifier::Topic(&self.name), AdminOptions::new());
+        let change =
+            settings.iter().fold(AlterConfig::new(topic), |change, (key, value)| change.set(key, value));
+        let altered = runtime().block_on(admin.alter_configs([&change], &options)).unwrap();
         assert!(altered.iter().all(Result::is_ok), "{altered:?}");
+        let (key, value) = settings.last().unwrap();
+        eventually("the broker knows the setting", || {
+            let described = runtime().block_on(admin.describe_configs([&topic], &options)).unwrap().remove(0);
+            (described.unwrap().get(key)?.value.as_deref() == Some(value)).then_some(())
+        });
     }
 
     /// How many records there are at the moment.
@@ -198,6 +214,8 @@ pub(crate) fn read_keyed(topic: &str, key: &str) -> Vec<OwnedMessage> {
     let consumer: BaseConsumer = client(&Servers::shared().kafka)
         .set("group.id", "none")
         .set("enable.partition.eof", "true")
+        // The end is known once a fetch comes back empty, and others write all the time.
+        .set("fetch.wait.max.ms", "10")
         // Another test's open transaction would hide what is behind it.
         .set("isolation.level", "read_uncommitted")
         .create()

@@ -147,9 +147,12 @@ impl Relay {
     /// The next transaction of Postgres, in commit order, that is delivered: everything that it brought is acknowledged,
     /// and committed where it has to be. To be asked until there is none.
     pub fn take_delivery(&mut self) -> Option<Delivery> {
-        let settled =
-            if self.is_exactly_once() { self.committed_ticket } else { self.progress.first_ticket() };
-        self.deliveries.take(settled)
+        self.deliveries.take(self.delivered_ticket())
+    }
+
+    /// Every record whose ticket is below it is acknowledged, and committed where it has to be.
+    pub fn delivered_ticket(&self) -> u64 {
+        if self.is_exactly_once() { self.committed_ticket } else { self.progress.first_ticket() }
     }
 
     /// The first transaction of Postgres that brought records and is not delivered.

@@ -16,7 +16,7 @@ use fastrand::Rng;
 use super::postgres::{KEYS, Nature, OutboxRow, RowId};
 use crate::{Checkpoint, Lsn, parking::Key, progress::Ticket, record::Identity};
 
-const PARTITIONS: usize = 3;
+pub(super) const PARTITIONS: usize = 3;
 /// Those of the topic, then one each of dead letters, of markers of parked keys, and of checkpoints.
 pub(super) const LOGS: usize = PARTITIONS + 3;
 const DEAD_LETTERS: usize = PARTITIONS;
@@ -30,6 +30,8 @@ pub(super) enum Item {
     DeadLetter(OutboxRow),
     /// A dead letter that goes to its topic after all.
     Redriven(OutboxRow),
+    /// A record that is there already, once more, in this partition.
+    Replayed(usize),
     Marker(Key, Option<Identity>),
     Checkpoint(Checkpoint),
 }
@@ -83,6 +85,7 @@ impl Kafka {
     pub(super) fn send(&mut self, report: Report, item: Item) {
         let log = match &item {
             Item::Record(row) | Item::Redriven(row) => row.id.key % PARTITIONS,
+            Item::Replayed(partition) => *partition,
             Item::DeadLetter(_) => DEAD_LETTERS,
             Item::Marker(..) => MARKERS,
             Item::Checkpoint(_) => CHECKPOINTS,
@@ -170,6 +173,7 @@ impl Kafka {
             Item::Marker(key, Some(first)) => drop(self.parked.insert(key, first)),
             Item::Marker(key, None) => drop(self.parked.remove(&key)),
             Item::Checkpoint(checkpoint) => self.checkpoint = checkpoint,
+            Item::Replayed(_) => {}
         }
         None
     }

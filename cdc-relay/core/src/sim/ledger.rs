@@ -21,9 +21,16 @@ pub(super) struct Ledger {
     committed_in: BTreeMap<Lsn, u64>,
     /// Kafka's transactions so far.
     commits: u64,
+    /// Transactions of Postgres whose end did not come in time.
+    late: BTreeSet<Lsn>,
 }
 
 impl Ledger {
+    /// The transaction's end did not come for so long that it may be split.
+    pub(super) fn late(&mut self, commit_lsn: u64) {
+        self.late.insert(Lsn(commit_lsn));
+    }
+
     /// The relay decided, by a policy, that the row does not go to the topic.
     pub(super) fn excuse(&mut self, row: RowId) {
         self.excused.insert(row);
@@ -59,7 +66,9 @@ impl Ledger {
             }
             let before = self.committed_in.insert(row.identity.commit_lsn, self.commits);
             let is_split = before.is_some_and(|before| before < self.commits);
-            assert!(!is_split || !postgres.is_small(row.identity.commit_lsn), "{:?} is split", row.identity);
+            let commit_lsn = row.identity.commit_lsn;
+            let may_be = !postgres.is_small(commit_lsn) || self.late.contains(&commit_lsn);
+            assert!(!is_split || may_be, "{:?} is split", row.identity);
         }
     }
 

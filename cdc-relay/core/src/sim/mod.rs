@@ -13,7 +13,7 @@ use std::collections::BTreeSet;
 use world::World;
 
 /// What happens in some of the worlds that the tests run: a world in which it no longer does would prove little.
-const HAPPENS: [&str; 22] = [
+const HAPPENS: [&str; 23] = [
     "Kafka comes back without what was sent to it",
     "LSNs cross 4 GB",
     "Postgres forgets what was confirmed",
@@ -21,6 +21,7 @@ const HAPPENS: [&str; 22] = [
     "a keepalive comes in the midst of a transaction",
     "a parked key is redriven",
     "a record is refused before it is sent",
+    "a record is replayed",
     "a record of a dead producer arrives late",
     "a row halts behind others in one of Kafka's transactions",
     "a row is dead-lettered",

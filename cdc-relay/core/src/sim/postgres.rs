@@ -186,6 +186,11 @@ pub(super) struct Walsender {
 }
 
 impl Walsender {
+    /// Of the transaction that is being sent, or was last.
+    pub(super) fn commit_lsn(&self, postgres: &Postgres) -> u64 {
+        postgres.log[self.next - 1].commit_lsn
+    }
+
     pub(super) fn new(postgres: &Postgres) -> Self {
         let confirmed = postgres.confirmed;
         Self {

@@ -140,7 +140,8 @@ impl World {
             980..984 => self.redrive(),
             984..985 => self.shut_down_postgres(),
             985..987 => self.relay.set_hurry(self.rng.bool()),
-            987..990 => self.set_listening(false),
+            987..989 => self.set_listening(false),
+            989..999 => self.replay(),
             _ => self.set_listening(true),
         }
         self.check();
@@ -274,6 +275,11 @@ impl World {
     }
 
     fn write_checkpoint(&mut self) {
+        if self.relay.is_in_transaction()
+            && self.relay.transaction_age(self.now).is_some_and(|age| age >= SIZES.split_after)
+        {
+            self.ledger.late(self.walsender.commit_lsn(&self.postgres));
+        }
         if let Some(checkpoint) = self.relay.take_checkpoint(self.now) {
             // What a checkpoint says is true when it is written, or committed: a new session relies on it.
             if self.delivery == Delivery::AtLeastOnce {

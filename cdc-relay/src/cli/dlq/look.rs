@@ -67,6 +67,10 @@ pub(super) fn list(settings: &Settings, list: &List) -> Result<(), Failure> {
         ]
     };
     let rows: Vec<_> = entries.iter().map(row).collect();
+    if rows.is_empty() {
+        service::say!("there are no such letters");
+        return Ok(());
+    }
     table::print(["LETTER", "AT", "REASON", "AGGREGATE", "ROW ID", "TOPIC", "STATE", "ERROR"], &rows);
     if hidden > 0 {
         eprintln!("{hidden} older letters are not shown: --limit N shows more");

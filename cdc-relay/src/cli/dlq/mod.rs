@@ -3,7 +3,6 @@
 mod look;
 mod redrive;
 
-pub(super) use self::redrive::relay_url;
 use chrono::{DateTime, Utc};
 use relay_core::{
     poison::Kind,
@@ -12,6 +11,7 @@ use relay_core::{
 use service::Failure;
 
 use crate::{
+    cli::aggregate,
     config::Settings,
     dlq::archive::{Archive, Entry},
     error::Error,
@@ -71,11 +71,6 @@ pub(crate) struct Filter {
 fn kinds() -> clap::builder::PossibleValuesParser {
     let configurable = Kind::CONFIGURABLE.iter().map(|kind| kind.name());
     clap::builder::PossibleValuesParser::new(configurable.chain([Kind::Parked.name()]))
-}
-
-fn aggregate(text: &str) -> Result<(String, String), String> {
-    let parts = text.split_once('/').ok_or_else(|| format!("{text:?} is not TYPE/ID"))?;
-    Ok((parts.0.to_owned(), parts.1.to_owned()))
 }
 
 impl Filter {

@@ -1,12 +1,13 @@
 //! `redrive` and `discard`: which letters, and the question to the relay.
 
-use std::{collections::BTreeSet, net::SocketAddr, time::Duration};
+use std::{collections::BTreeSet, time::Duration};
 
 use relay_core::redrive::{Next, Options, Place};
 use service::{Failure, exit, table};
 
 use super::Filter;
 use crate::{
+    cli::relay_api::RelayApi,
     config::Settings,
     dlq::{
         api::{Aggregate, LETTERS_LIMIT, PATH, Report, Request},
@@ -15,11 +16,8 @@ use crate::{
     error::Error,
 };
 
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// The relay gives a redrive up by itself when nothing comes of it; this is for a relay that does not answer at all.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(3600);
-/// The most of an answer that is read, in bytes.
-const ANSWER_LIMIT_BYTES: u64 = 16 << 20;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Selection {
@@ -99,7 +97,8 @@ impl Selection {
                 dry_run(settings, batch, &request)?
             } else {
                 request.letters = batch.iter().map(Place::to_string).collect();
-                self.ask(settings, &request)?
+                let relay = RelayApi::new(settings, self.relay.as_deref(), Some(ANSWER_TIMEOUT))?;
+                relay.post(PATH, &request, "`cdc-relay dlq list` shows what it did")?
             };
             sum.letters += report.letters.len();
             sum.open += report.letters.iter().filter(|line| !line.done).count();
@@ -138,44 +137,6 @@ impl Selection {
         Ok(named.into_iter().collect())
     }
 
-    fn ask(&self, settings: &Settings, request: &Request) -> Result<Report, Failure> {
-        let base = relay_url(settings, self.relay.as_deref());
-        if base.to_ascii_lowercase().starts_with("https:") {
-            let why = "--relay begins with https://, and the relay's administration speaks plain HTTP only";
-            return Err(
-                Failure::configuration(why).hint("write http://, and send a token over a network you trust")
-            );
-        }
-        let agent: ureq::Agent = ureq::Agent::config_builder()
-            .http_status_as_error(false)
-            // The token goes nowhere else.
-            .max_redirects(0)
-            .max_redirects_will_error(false)
-            .timeout_connect(Some(CONNECT_TIMEOUT))
-            .timeout_recv_response(Some(ANSWER_TIMEOUT))
-            .build()
-            .into();
-        let mut post = agent.post(format!("{base}{PATH}"));
-        if !settings.admin_token.is_empty() {
-            post = post.header("authorization", format!("Bearer {}", settings.admin_token.expose()));
-        }
-        let unreachable = |e: ureq::Error| {
-            Failure::new(exit::Kind::GaveUp, format!("the relay at {base} cannot be asked: {e}")).hint(
-                "is it running there? --relay URL says where else; `cdc-relay dlq list` shows what it did",
-            )
-        };
-        let mut response = post.send_json(request).map_err(unreachable)?;
-        let status = response.status().as_u16();
-        let body = response.body_mut().with_config().limit(ANSWER_LIMIT_BYTES).read_to_vec();
-        let body = body.map_err(unreachable)?;
-        if status == 200 {
-            let not_ours =
-                |e| Failure::new(exit::Kind::Internal, format!("{base} answers what no relay does: {e}"));
-            return serde_json::from_slice(&body).map_err(not_ours);
-        }
-        Err(problem(&base, status, &body))
-    }
-
     fn tell(&self, report: &Report) {
         if self.json {
             service::say!("{}", serde_json::json!(report));
@@ -186,7 +147,7 @@ impl Selection {
             let rows = report.letters.iter().map(|line| {
                 let would =
                     if matches!(line.outcome.as_str(), "redriven" | "discarded") { would } else { "" };
-                [line.letter.clone(), format!("{would}{}", line.outcome), table::printable(&line.detail)]
+                [line.letter.clone(), format!("{would}{}", line.outcome), table::or_dash(&line.detail)]
             });
             let rows: Vec<_> = rows.collect();
             table::print(["LETTER", "OUTCOME", "DETAIL"], &rows);
@@ -217,58 +178,4 @@ fn dry_run(settings: &Settings, batch: &[Place], request: &Request) -> Result<Re
     }
     let freed = plan.free();
     Ok(Report::new(&plan, &freed))
-}
-
-/// Where the relay is: what was given, or else where the configuration has it listen.
-pub(crate) fn relay_url(settings: &Settings, given: Option<&str>) -> String {
-    match given {
-        Some(url) => url.trim_end_matches('/').to_owned(),
-        None => format!("http://{}", reachable(&settings.listen)),
-    }
-}
-
-/// Where a relay is that listens everywhere.
-fn reachable(listen: &str) -> String {
-    match listen.parse::<SocketAddr>() {
-        Ok(address) if address.ip().is_unspecified() && address.is_ipv4() => {
-            format!("127.0.0.1:{}", address.port())
-        }
-        Ok(address) if address.ip().is_unspecified() => format!("[::1]:{}", address.port()),
-        _ => listen.to_owned(),
-    }
-}
-
-fn problem(base: &str, status: u16, body: &[u8]) -> Failure {
-    let problem: serde_json::Value = serde_json::from_slice(body).unwrap_or_default();
-    let text = |name: &str| problem[name].as_str().unwrap_or_default();
-    let kind = match status {
-        401 | 403 => exit::Kind::Refused,
-        409 | 503 => exit::Kind::GaveUp,
-        400..=499 => exit::Kind::BadConfiguration,
-        _ => exit::Kind::Internal,
-    };
-    let mut what = format!("the relay at {base} refuses ({status}): {}", text("title"));
-    for part in [text("detail"), &problem["errors"].as_array().map(|e| format!("{e:?}")).unwrap_or_default()]
-    {
-        if !part.is_empty() {
-            what = format!("{what}: {part}");
-        }
-    }
-    let failure = Failure::new(kind, what);
-    match status {
-        401 => failure.hint("set http.admin_token here as at the relay: CDC_RELAY_HTTP__ADMIN_TOKEN(_FILE)"),
-        _ => failure,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::reachable;
-
-    #[test]
-    fn a_relay_that_listens_everywhere_is_asked_here() {
-        assert_eq!(reachable("0.0.0.0:8081"), "127.0.0.1:8081");
-        assert_eq!(reachable("[::]:8081"), "[::1]:8081");
-        assert_eq!(reachable("relay.internal:8081"), "relay.internal:8081");
-    }
 }

@@ -8,7 +8,7 @@ use crate::{
     poison::Policy,
     relay::{Delivery, Halt},
     sim::{
-        kafka::{Item, LOGS, Report, aggregate},
+        kafka::{Item, LOGS, PARTITIONS, Report, aggregate},
         postgres::{KEYS, Walsender},
     },
 };
@@ -25,10 +25,12 @@ impl World {
             return self.lose_session();
         }
         self.seen.insert("the relay halts");
-        if let (Some(apart), Delivery::ExactlyOnce(_)) = (self.apart, self.delivery)
+        if let Delivery::ExactlyOnce(_) = self.delivery
             && self.relay.is_in_transaction()
         {
-            self.ledger.confirmed(apart.0, &self.postgres, &self.kafka);
+            // What is before it is committed.
+            let commit_lsn = self.walsender.commit_lsn(&self.postgres);
+            self.ledger.confirmed(commit_lsn, &self.postgres, &self.kafka);
         }
         if self.rng.bool() {
             let others = [Policy::DeadLetter, Policy::ParkKey, Policy::Skip];
@@ -112,6 +114,17 @@ impl World {
             self.redrive_key(key);
             self.seen.insert("a parked key is redriven");
         }
+    }
+
+    /// Somebody has a record published once more, between two transactions of the stream.
+    pub(super) fn replay(&mut self) {
+        if self.relay.is_in_transaction() || !self.relay.wants_input() || self.relay.passes_over() {
+            return;
+        }
+        // So small that a small transaction still fits beside it: one that has to wait for Kafka's acknowledgements may be split.
+        let ticket = self.relay.begin_own(1, self.now);
+        self.kafka.send(Report::Settled(ticket), Item::Replayed(self.rng.usize(..PARTITIONS)));
+        self.seen.insert("a record is replayed");
     }
 
     fn redrive_key(&mut self, key: usize) {
