@@ -111,7 +111,7 @@ psql *args:
 test *args:
     cargo xtask test "$@"
 
-# What the relay costs, beside pg_recvlogical: `just bench drain --workload single`; the API, beside pgbench: `just bench api`; the consumer: `just bench consumer`
+# The relay beside Debezium Server and its limits, the API, the consumer: all of it, or one scenario, `just bench drain --workload single`
 bench *args:
     cargo xtask bench "$@"
 

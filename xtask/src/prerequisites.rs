@@ -15,6 +15,9 @@ const INSTALL: &str =
 /// Kafka 4 needs it.
 const JAVA_AT_LEAST: u32 = 17;
 
+/// Where Linux distributions put further ones.
+const JVM_FOLDER: &str = "/usr/lib/jvm";
+
 /// Free space below which nothing is started: Postgres and Kafka fail half-way on a full disk. MiB.
 const DISK_AT_LEAST_MIB: u64 = 1024;
 
@@ -26,12 +29,7 @@ pub(crate) fn java() -> Result<PathBuf> {
             Failure::new("no `java` on the PATH: Kafka needs Java 17 or later").hint(INSTALL)
         })?,
     };
-    let output = Command::new(&java).arg("-version").stdin(Stdio::null()).output();
-    let output = output
-        .explain(|| format!("run {} (JAVA_HOME decides, then the PATH)", java.display()))
-        .map_err(|failure| failure.hint(INSTALL))?;
-    // It tells its version on standard error.
-    let text = String::from_utf8_lossy(&output.stderr);
+    let text = java_says(&java).map_err(|failure| failure.hint(INSTALL))?;
     match java_major(&text) {
         Some(major) if major >= JAVA_AT_LEAST => Ok(java),
         Some(major) => {
@@ -42,6 +40,33 @@ pub(crate) fn java() -> Result<PathBuf> {
             Err(Failure::new(format!("{} -version says no version:\n{text}", java.display())).hint(INSTALL))
         }
     }
+}
+
+/// The newest `java` of `JAVA_HOME`, the PATH and the system's folder, if it is of this version or later.
+pub(crate) fn java_at_least(wanted: u32) -> Result<PathBuf> {
+    let home = std::env::var_os("JAVA_HOME").map(PathBuf::from).map(|home| home.join("bin/java"));
+    let others = fs::read_dir(JVM_FOLDER).into_iter().flatten().flatten();
+    let found = home.into_iter().chain(on_path("java")).chain(others.map(|e| e.path().join("bin/java")));
+    let versions = found.filter_map(|java| Some((java_version(&java).ok()?, java)));
+    let newest = versions.max_by_key(|(major, _)| *major).filter(|(major, _)| *major >= wanted);
+    newest.map(|(_, java)| java).ok_or_else(|| {
+        let what = format!("no Java {wanted} or later: JAVA_HOME, the PATH and {JVM_FOLDER} were looked at");
+        Failure::new(what).hint("install one, and point JAVA_HOME at it")
+    })
+}
+
+/// Its major version.
+pub(crate) fn java_version(java: &Path) -> Result<u32> {
+    java_major(&java_says(java)?)
+        .ok_or_else(|| Failure::new(format!("{} -version says no version", java.display())))
+}
+
+/// What it says of its version.
+fn java_says(java: &Path) -> Result<String> {
+    let output = Command::new(java).arg("-version").stdin(Stdio::null()).output();
+    let output = output.explain(|| format!("run {} (JAVA_HOME decides, then the PATH)", java.display()))?;
+    // On standard error.
+    Ok(String::from_utf8_lossy(&output.stderr).into_owned())
 }
 
 /// `openjdk version "17.0.15" …` is 17; the old form `1.8.0_402` is 8.

@@ -115,6 +115,19 @@ pub(crate) async fn create(bootstrap: &str, topics: Vec<Topic>, replication: i32
     Ok(count)
 }
 
+/// Removes a topic; the brokers remove its files later.
+pub(crate) async fn delete(bootstrap: &str, topic: &str) -> Result<()> {
+    let admin: AdminClient<Quiet> =
+        client(bootstrap).create_with_context(Quiet).explain(|| "make a Kafka admin client".to_owned())?;
+    let options = AdminOptions::new().operation_timeout(Some(LIMIT)).request_timeout(Some(LIMIT));
+    let what = || format!("delete the topic {topic}");
+    let results = admin.delete_topics(&[topic], &options).await.explain(what)?;
+    results.into_iter().try_for_each(|result| match result {
+        Ok(_) => Ok(()),
+        Err((name, code)) => Err(Failure::new(format!("cannot delete the topic {name}: {code}"))),
+    })
+}
+
 /// Waits until every partition has a leader.
 fn led(bootstrap: &str, topics: &[Topic]) -> Result<()> {
     let consumer: BaseConsumer<Quiet> =

@@ -3,7 +3,6 @@
 
 use std::{
     fs,
-    io::{self, Write},
     net::SocketAddr,
     path::{Path, PathBuf},
     process::Stdio,
@@ -17,11 +16,11 @@ use sqlx::{Connection, PgConnection};
 use tokio::process::{Child, Command};
 
 use super::{
-    drain::version,
-    host::{self, Host},
+    document::{Document, version},
     load::Load,
-    numbers::{SPREAD_LIMIT, Spread, percentile},
-    report::table,
+    numbers::{SPREAD_LIMIT, Spread, per_mille},
+    plot::{Bar, Chart},
+    section::{Section, head},
     servers::Servers,
     usage::Usage,
 };
@@ -64,10 +63,6 @@ struct Run {
 /// All of it.
 #[derive(Debug, Serialize)]
 struct Report {
-    host: Host,
-    order_api: String,
-    pgbench: String,
-    postgres: String,
     connections: u32,
     seconds: u64,
     postgres_settings: Vec<String>,
@@ -75,63 +70,51 @@ struct Report {
     pgbench_runs: Vec<Run>,
     /// The API's orders a second to pgbench's, in the same round.
     ratio: Spread,
-    warnings: Vec<String>,
 }
 
-/// Runs the bench; its servers are gone when it returns.
-pub(crate) async fn api(args: &cli::ApiBench) -> Result<()> {
-    let progress = Progress::new(None);
-    let pgbench = prerequisites::on_path("pgbench").ok_or_else(|| {
+/// `pgbench` of the system.
+pub(super) fn pgbench() -> Result<PathBuf> {
+    prerequisites::on_path("pgbench").ok_or_else(|| {
         Failure::new("no `pgbench` on the PATH: it is what the API is measured by")
             .hint("on Debian or Ubuntu: apt-get install postgresql-client postgresql-contrib")
-    })?;
+    })
+}
+
+/// Runs the scenario; its servers are gone when it returns.
+pub(super) async fn api(args: &cli::ApiBench, document: &mut Document, progress: &Progress) -> Result<()> {
+    let pgbench = pgbench()?;
     if !args.no_build {
-        services::build(&Layout::open(None)?, &progress)?;
+        services::build(&Layout::open(None)?, progress)?;
     }
     let binary = services::binary("order-api")?;
-    let versions = (version(&binary)?, version(&pgbench)?);
-    // Before we are busy ourselves.
-    let mut warnings: Vec<String> = host::busy().into_iter().collect();
+    document.version(version(&binary)?);
+    document.version(version(&pgbench)?);
+    document.busy();
     // What is answered is on the disk: without it, no order is safe.
     let mut settings = vec![("fsync".to_owned(), "on".to_owned())];
     settings.extend(args.postgres_set.iter().cloned());
-    let (servers, mut stack) = Servers::start(args.postgres, &settings, &progress).await?;
+    let (servers, mut stack) = Servers::start(args.postgres, &settings, progress).await?;
     let bench = Bench { args, servers: &servers, binary, pgbench };
     let result = tokio::select! {
         result = bench.rounds() => result,
         () = stack.interrupted() => Err(Failure::new("interrupted")),
     };
-    let postgres = servers.postgres_version.clone();
+    document.version(format!("PostgreSQL {}", servers.postgres_version));
     servers.stop(stack, result.is_err()).await;
     let (api, pgbench_runs) = result?;
     let ratios =
         api.iter().zip(&pgbench_runs).map(|(api, pgbench)| api.orders_per_second / pgbench.orders_per_second);
     let ratio = Spread::of(ratios).ok_or_else(|| Failure::new("nothing was measured"))?;
-    if ratio.relative() > SPREAD_LIMIT {
-        warnings.push(format!(
-            "the ratio spreads by {:.0} % of its median, so it says little; try again on a quiet machine, with more --rounds",
-            ratio.relative() * 100.0
-        ));
-    }
     let report = Report {
-        host: Host::look(),
-        order_api: versions.0,
-        pgbench: versions.1,
-        postgres,
         connections: args.connections,
         seconds: args.seconds,
         postgres_settings: settings.iter().map(|(name, value)| format!("{name}={value}")).collect(),
         api,
         pgbench_runs,
         ratio,
-        warnings,
     };
-    let text = if args.json {
-        serde_json::to_string_pretty(&report).explain(|| "print the report".to_owned())?
-    } else {
-        report.text()
-    };
-    writeln!(io::stdout(), "{text}").explain(|| "print the report".to_owned())
+    document.sections.push(report.section()?);
+    Ok(())
 }
 
 struct Bench<'a> {
@@ -194,8 +177,8 @@ impl Bench<'_> {
         Ok(Run {
             orders: took.len() as u64,
             orders_per_second: count / seconds,
-            p50_us: percentile(&took, 50),
-            p99_us: percentile(&took, 99),
+            p50_us: per_mille(&took, 500),
+            p99_us: per_mille(&took, 990),
             api_cpu_seconds: usage_after.cpu_seconds - usage.cpu_seconds,
             client_cpu_seconds: own_after.cpu_seconds - own.cpu_seconds,
             transactions_per_order: transactions / orders,
@@ -295,8 +278,8 @@ impl Bench<'_> {
         Ok(Run {
             orders,
             orders_per_second,
-            p50_us: percentile(&took, 50),
-            p99_us: percentile(&took, 99),
+            p50_us: per_mille(&took, 500),
+            p99_us: per_mille(&took, 990),
             api_cpu_seconds: 0.0,
             client_cpu_seconds: 0.0,
             transactions_per_order: 1.0,
@@ -389,38 +372,39 @@ fn usage(pid: u32) -> Usage {
 }
 
 impl Report {
-    fn text(&self) -> String {
-        let mut rows = vec![
-            ["ARM", "ORDERS/S", "FROM TO", "P50 MS", "P99 MS", "API CPU", "CLIENT CPU", "API PEAK MIB"]
-                .map(str::to_owned)
-                .to_vec(),
-        ];
+    fn section(&self) -> Result<Section> {
+        let title = "orders over HTTP, beside pgbench with the API's own statement".to_owned();
+        let mut section = Section::of("api", title, self)?;
+        section.notes.push(format!(
+            "{} connections each, {} s a run, {} rounds interleaved: medians; Postgres with {}; CPU in seconds per 1,000 orders",
+            self.connections,
+            self.seconds,
+            self.api.len(),
+            self.postgres_settings.join(", ")
+        ));
+        section.table =
+            head(["ARM", "ORDERS/S", "FROM TO", "P50 MS", "P99 MS", "API CPU", "CLIENT CPU", "API PEAK MIB"]);
+        let mut bars = Vec::new();
         for (name, runs) in [("pgbench", &self.pgbench_runs), ("order-api", &self.api)] {
-            rows.extend(cells(name, runs));
+            section.table.extend(cells(name, runs));
+            if let Some(rate) = Spread::of(runs.iter().map(|run| run.orders_per_second)) {
+                let label = format!("{:.0}", rate.median);
+                bars.push(Bar { name: name.to_owned(), parts: vec![rate.median], spread: Some(rate), label });
+            }
         }
+        section.charts.push(Chart { title: "Orders a second".into(), bars });
         let transactions =
             Spread::of(self.api.iter().map(|run| run.transactions_per_order)).map_or(0.0, |s| s.median);
-        let mut lines = vec![
-            format!("{} beside {} on PostgreSQL {}", self.order_api, self.pgbench, self.postgres),
-            self.host.line(),
-            format!(
-                "{} connections each, {} s a run, {} rounds interleaved; Postgres with {}; CPU in seconds per 1,000 orders",
-                self.connections,
-                self.seconds,
-                self.api.len(),
-                self.postgres_settings.join(", ")
-            ),
-            String::new(),
-            table(&rows),
-            String::new(),
-            format!(
-                "ratio to pgbench: {:.2} ({:.2} to {:.2})",
-                self.ratio.median, self.ratio.min, self.ratio.max
-            ),
-            format!("database round trips per order: {transactions:.2}"),
-        ];
-        lines.extend(self.warnings.iter().map(|warning| format!("warning: {warning}")));
-        lines.join("\n")
+        let Spread { median, min, max } = self.ratio;
+        section.findings.push(format!("ratio to pgbench: {median:.2} ({min:.2} to {max:.2})"));
+        section.findings.push(format!("database round trips per order: {transactions:.2}"));
+        if self.ratio.relative() > SPREAD_LIMIT {
+            section.warnings.push(format!(
+                "the ratio spreads by {:.0} % of its median, so it says little; try again on a quiet machine, with more --rounds",
+                self.ratio.relative() * 100.0
+            ));
+        }
+        Ok(section)
     }
 }
 

@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -11,8 +12,11 @@ use sqlx::PgConnection;
 use tokio::process::{Child, Command};
 
 use super::{
-    contents::Contents,
-    relay::{END_LIMIT, Relay, Running, reader_log, relay_env},
+    contents::{Contents, Loss},
+    course::Course,
+    limits::Limit,
+    publisher::{END_LIMIT, Publisher, Running},
+    relay::{reader_log, relay_env},
     servers::{Servers, execute},
     usage::{self, Usage},
     workload::{BASE_SLOT, Written},
@@ -21,14 +25,14 @@ use crate::{
     cli::Delivery,
     ending,
     failure::{Explain, Failure, Result},
-    logs, prerequisites,
+    logs, prerequisites, topics,
 };
 
 /// How long one measurement may take.
 const LIMIT: Duration = Duration::from_secs(900);
 /// How often the processes are looked at: what they used after the last look is not counted.
 const LOOK_INTERVAL: Duration = Duration::from_millis(10);
-/// How often the relay is asked how much Kafka has acknowledged.
+/// How often Kafka is asked how many records there are: of every publisher, at the same place.
 const ASK_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Who reads.
@@ -38,17 +42,25 @@ pub(super) enum Arm {
     Recvlogical,
     /// The relay's session and decoding, to nowhere.
     Session(PathBuf),
-    /// The whole relay, to Kafka.
-    Relay(Relay),
+    /// Whoever brings all of it to Kafka.
+    Publisher(Publisher),
+    /// What bounds them, and what they replace.
+    Limit(Limit),
 }
 
 /// What one run took.
 #[derive(Debug, Clone, Default, Serialize)]
 pub(super) struct Run {
-    /// From the start of the process until all is read; for the whole relay until Kafka has acknowledged all
-    /// and, exactly once, committed it.
+    /// From the start of the process until all is read; of a publisher until all is in Kafka and, exactly once, committed.
     pub(super) seconds: f64,
+    /// Of a publisher: from its start until something is in Kafka.
+    pub(super) first_record_seconds: Option<f64>,
+    /// Of a publisher from its first record on.
     pub(super) rows_per_second: f64,
+    /// Of a publisher, in the second half.
+    pub(super) warm_rows_per_second: Option<f64>,
+    /// Of a publisher: what its topic has.
+    pub(super) loss: Option<Loss>,
     pub(super) cpu_seconds: Cpu,
     pub(super) peak_rss_bytes: u64,
     /// Of the whole relay, by thread.
@@ -78,22 +90,25 @@ impl Arm {
     pub(super) async fn run(&self, servers: &Servers, written: &Written, number: usize) -> Result<Run> {
         let mut connection = servers.connect().await?;
         let slot = copy_slot(&mut connection, number).await?;
-        let mut trial = Trial { servers, written, connection, slot, number };
+        let mut draining = Draining { servers, written, connection, slot, number };
         let mut run = match self {
-            Self::Recvlogical => trial.until_it_ends(trial.recvlogical()?).await,
-            Self::Session(binary) => trial.until_it_ends(trial.session(binary)?).await,
-            Self::Relay(relay) => trial.relay(relay).await,
+            Self::Recvlogical => draining.until_it_ends(draining.recvlogical()?).await,
+            Self::Session(binary) => draining.until_it_ends(draining.session(binary)?).await,
+            Self::Publisher(publisher) => draining.publisher(publisher).await,
+            Self::Limit(limit) => draining.limit(*limit).await,
         }?;
-        drop_slot(&mut trial.connection, &trial.slot).await?;
-        #[expect(clippy::cast_precision_loss, reason = "no count of rows comes near 2^52")]
-        let rows = written.shape.rows as f64;
-        run.rows_per_second = rows / run.seconds;
+        drop_slot(&mut draining.connection, &draining.slot).await?;
+        if run.rows_per_second <= 0.0 {
+            #[expect(clippy::cast_precision_loss, reason = "no count of rows comes near 2^52")]
+            let rows = written.shape.rows as f64;
+            run.rows_per_second = rows / run.seconds;
+        }
         Ok(run)
     }
 }
 
 /// A run under way.
-struct Trial<'a> {
+struct Draining<'a> {
     servers: &'a Servers,
     written: &'a Written,
     connection: PgConnection,
@@ -101,7 +116,7 @@ struct Trial<'a> {
     number: usize,
 }
 
-impl Trial<'_> {
+impl Draining<'_> {
     fn log(&self) -> PathBuf {
         reader_log(self.servers, self.number)
     }
@@ -147,64 +162,101 @@ impl Trial<'_> {
         }
     }
 
-    /// Runs the whole relay until Kafka has every row for good, and counts what is in the topic.
-    async fn relay(&mut self, relay: &Relay) -> Result<Run> {
-        let ready = relay.init(self.servers, &self.slot, self.number).await?;
+    /// Runs a publisher until Kafka has every row for good, and compares the topic with the outbox.
+    async fn publisher(&mut self, publisher: &Publisher) -> Result<Run> {
+        let mut ready = publisher.init(self.servers, &self.slot, self.number).await?;
         let contents = Contents::of(&self.servers.kafka, &ready.topic)?;
-        let broker_before = Usage::of(self.servers.broker).unwrap_or_default();
+        let broker = self.broker_seconds();
         let since = Instant::now();
         let mut running = ready.run()?;
         let mut watch = Watch::new(&running.child);
-        let mut asked = since;
-        loop {
-            if asked.elapsed() >= ASK_INTERVAL {
-                if self.has_all(&running, relay.delivery, &contents).await? {
-                    break;
-                }
-                asked = Instant::now();
+        let mut course = Course::default();
+        while !self.has_all(&mut course, since, &contents).await?
+            || !self.is_done(&running, publisher.delivery(), &contents).await?
+        {
+            let asked = Instant::now();
+            while asked.elapsed() < ASK_INTERVAL {
+                running.look()?;
+                watch.look(&mut self.connection, &self.slot).await?;
+                tokio::time::sleep(LOOK_INTERVAL).await;
             }
-            running.look()?;
-            if since.elapsed() > LIMIT {
-                return Err(self.failed(format!("the relay took longer than {} s", LIMIT.as_secs())));
+        }
+        let mut run = watch.run(since.elapsed().as_secs_f64());
+        run.threads_cpu_seconds = running.child.id().map(usage::threads).unwrap_or_default();
+        run.cpu_seconds.broker = self.broker_seconds() - broker;
+        running.end().await?;
+        self.finish(run, &course, contents, &ready.topic).await
+    }
+
+    /// The same of what runs in this process.
+    async fn limit(&mut self, limit: Limit) -> Result<Run> {
+        let work = limit.init(self.servers, self.written.shape, self.number).await?;
+        let topic = work.topic.clone();
+        let contents = Contents::of(&self.servers.kafka, &work.topic)?;
+        let (broker, own) = (self.broker_seconds(), Usage::of(std::process::id()).unwrap_or_default());
+        let backend = work.backend;
+        let of_backend = || backend.and_then(Usage::of).unwrap_or_default().cpu_seconds;
+        let backend_before = of_backend();
+        let (since, mut course) = (Instant::now(), Course::default());
+        let working = tokio::spawn(work.run());
+        let mut backend_seconds = 0.0;
+        while !self.has_all(&mut course, since, &contents).await? {
+            if working.is_finished() {
+                break;
             }
-            watch.look(&mut self.connection, &self.slot).await?;
-            tokio::time::sleep(LOOK_INTERVAL).await;
+            backend_seconds = (of_backend() - backend_before).max(backend_seconds);
+            tokio::time::sleep(ASK_INTERVAL).await;
         }
         let seconds = since.elapsed().as_secs_f64();
-        watch.look(&mut self.connection, &self.slot).await?;
-        let mut run = watch.run(seconds);
-        run.threads_cpu_seconds = running.child.id().map(usage::threads).unwrap_or_default();
-        let broker = Usage::of(self.servers.broker).unwrap_or_default();
-        run.cpu_seconds.broker = broker.cpu_seconds - broker_before.cpu_seconds;
-        running.end().await?;
-        self.count(relay.delivery, contents).await?;
+        working.await.explain(|| "publish the rows".to_owned())??;
+        let reader = Usage::of(std::process::id()).unwrap_or_default().cpu_seconds - own.cpu_seconds;
+        let walsender = if limit == Limit::Polling { backend_seconds } else { 0.0 };
+        let cpu_seconds = Cpu { reader, walsender, broker: self.broker_seconds() - broker };
+        let run = Run { seconds, cpu_seconds, ..Run::default() };
+        self.finish(run, &course, contents, &topic).await
+    }
+
+    fn broker_seconds(&self) -> f64 {
+        Usage::of(self.servers.broker).unwrap_or_default().cpu_seconds
+    }
+
+    /// Looks how many records there are; whether they are as many as rows.
+    async fn has_all(&self, course: &mut Course, since: Instant, contents: &Contents) -> Result<bool> {
+        let all = self.written.shape.rows;
+        let contents = contents.clone();
+        let there = waiting(move || contents.offsets()).await?;
+        course.look(since.elapsed(), there.min(all), all);
+        if there < all && since.elapsed() > LIMIT {
+            return Err(self.failed(format!("the publisher took longer than {} s", LIMIT.as_secs())));
+        }
+        Ok(there >= all)
+    }
+
+    /// Compares the topic with the outbox, and removes it.
+    async fn finish(&self, run: Run, course: &Course, contents: Contents, topic: &str) -> Result<Run> {
+        let outbox = Arc::clone(&self.written.outbox);
+        let run = Run {
+            first_record_seconds: course.first().map(|at| at.as_secs_f64()),
+            rows_per_second: course.rate().unwrap_or_default(),
+            warm_rows_per_second: course.warm_rate(),
+            loss: Some(waiting(move || contents.compare(&outbox)).await?),
+            ..run
+        };
+        topics::delete(&self.servers.kafka, topic).await?;
         Ok(run)
     }
 
-    /// Whether every row is in Kafka for good: acknowledged and, exactly once, committed.
-    async fn has_all(&self, running: &Running, delivery: Delivery, contents: &Contents) -> Result<bool> {
-        if running.acknowledged().await < self.written.shape.rows {
-            return Ok(false);
-        }
-        let contents = contents.clone();
+    /// Whether what is in Kafka is there for good: exactly once, that is all of it and committed.
+    async fn is_done(&self, running: &Running, delivery: Delivery, contents: &Contents) -> Result<bool> {
         match delivery {
             Delivery::AtLeastOnce => Ok(true),
-            Delivery::ExactlyOnce => waiting(move || contents.is_committed()).await,
+            // The ends of transactions take offsets, too.
+            Delivery::ExactlyOnce if running.acknowledged().await < self.written.shape.rows => Ok(false),
+            Delivery::ExactlyOnce => {
+                let contents = contents.clone();
+                waiting(move || contents.is_committed()).await
+            }
         }
-    }
-
-    /// Every row must be in the topic, once: nothing failed that would excuse a repetition.
-    async fn count(&self, delivery: Delivery, contents: Contents) -> Result<()> {
-        let count = waiting(move || match delivery {
-            // The idempotent producer leaves nothing else in the topic.
-            Delivery::AtLeastOnce => contents.offsets(),
-            Delivery::ExactlyOnce => contents.committed_records(),
-        });
-        let (rows, count) = (self.written.shape.rows, count.await?);
-        if count == rows {
-            return Ok(());
-        }
-        Err(self.failed(format!("{rows} rows were written, and the topic has {count} records")))
     }
 }
 

@@ -1,91 +1,143 @@
-//! What pacing costs a row that comes alone: the time from its commit until the session has decoded it, with pacing
-//! and without.
+//! What a publisher costs while nothing happens, and what it holds of the log while only others write.
 
-use std::{path::Path, process::Stdio, time::Duration};
+use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
-use tokio::process::Command;
+use serde::Serialize;
+use sqlx::PgConnection;
 
 use super::{
+    Bench,
     arm::walsender,
-    relay::relay_env,
-    servers::{Servers, execute},
-    workload::{self, BASE_SLOT, Shape},
+    numbers::Spread,
+    plot::{Bar, Chart},
+    publisher::Publisher,
+    section::{Section, head},
+    servers::execute,
+    trial::{Trial, failure, nothing},
+    usage::Usage,
 };
-use crate::{
-    failure::{Explain, Failure, Result},
-    logs,
-    spec::open_log,
-};
+use crate::failure::{Explain, Failure, Result};
 
-/// Between two rows: much longer than any pacing, so that each row finds the session at rest.
-const INTERVAL: Duration = Duration::from_millis(5);
-/// How long one side may take.
-const LIMIT: Duration = Duration::from_secs(600);
-const LOOK_INTERVAL: Duration = Duration::from_millis(10);
+/// Who has just started is busy.
+const SETTLE: Duration = Duration::from_secs(10);
+/// How long nothing happens.
+const IDLE: Duration = Duration::from_secs(60);
+/// What others write then, in MiB.
+const ELSEWHERE_MIB: u64 = 64;
+/// How long a publisher may take to let the log go. What a server needs itself it logs every 15 seconds.
+const LET_GO: Duration = Duration::from_secs(20);
 
-/// Times from commit to decoded, in microseconds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Latency {
-    pub(super) count: u64,
-    pub(super) p50: u32,
-    pub(super) p90: u32,
-    pub(super) p99: u32,
-    pub(super) max: u32,
+/// What was seen of one publisher.
+#[derive(Debug, Clone, Copy, Serialize)]
+struct Round {
+    arm: &'static str,
+    /// Of one processor, while nothing happens.
+    cpu_percent: f64,
+    walsender_cpu_percent: f64,
+    rss_bytes: u64,
+    /// From the slot's confirmed flush LSN, and from its restart LSN, to the end of the log, after others have written.
+    unconfirmed_bytes: i64,
+    retained_bytes: i64,
 }
 
-/// What the session prints, as far as it is of interest here.
-#[derive(Debug, Deserialize)]
-struct Probe {
-    commit_to_decoded_us: Latency,
-}
-
-/// Both sides of one round.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-pub(super) struct Round {
-    pub(super) paced: Latency,
-    pub(super) eager: Latency,
-}
-
-/// Runs one round.
-pub(super) async fn round(servers: &Servers, relay: &Path, shape: Shape) -> Result<Round> {
-    let paced = side(servers, relay, shape, false).await?;
-    let eager = side(servers, relay, shape, true).await?;
-    Ok(Round { paced, eager })
-}
-
-async fn side(servers: &Servers, relay: &Path, shape: Shape, eager: bool) -> Result<Latency> {
-    let mut connection = servers.connect().await?;
-    workload::prepare(&mut connection, shape).await?;
-    let log = servers.layout.log("idle");
-    let mut command = Command::new(relay);
-    relay_env(&mut command, servers, BASE_SLOT);
-    command.args(["probe", "--json", "--latency", "--rows", &shape.rows.to_string()]);
-    command.args(eager.then_some("--eager"));
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(open_log(&log)?).kill_on_drop(true);
-    let mut child = command.spawn().explain(|| "start cdc-relay probe".to_owned())?;
-    let writing = async {
-        while walsender(&mut connection, BASE_SLOT).await?.is_none() {
-            if child.try_wait().is_ok_and(|ended| ended.is_some()) {
-                return Ok(());
-            }
-            tokio::time::sleep(LOOK_INTERVAL).await;
-        }
-        for number in 1..=shape.rows {
-            workload::insert(&mut connection, number).await?;
-            tokio::time::sleep(INTERVAL).await;
-        }
-        Ok(())
-    };
-    let late = || logs::with_tail(Failure::new("the idle session did not end in time"), &log);
-    tokio::time::timeout(LIMIT, writing).await.map_err(|_| late())??;
-    let output = tokio::time::timeout(LIMIT, child.wait_with_output()).await.map_err(|_| late())?;
-    let output = output.explain(|| "wait for cdc-relay probe".to_owned())?;
-    if !output.status.success() {
-        return Err(logs::with_tail(Failure::new("cdc-relay probe failed"), &log));
+/// Every publisher once.
+pub(super) async fn idle(bench: &Bench<'_>) -> Result<Section> {
+    let (mut rounds, mut failures) = (Vec::new(), Vec::new());
+    for (arm, publisher) in bench.arms.publishers() {
+        let step = bench.servers.progress.step(format!("idle, {arm}"));
+        let (round, failed) = one(bench, arm, publisher).await?;
+        step.done(&format!("idle, {arm}: {:.2} % of a processor", round.cpu_percent));
+        rounds.push(round);
+        failures.extend(failed);
     }
-    let probe: Probe =
-        serde_json::from_slice(&output.stdout).explain(|| "read the probe's result".to_owned())?;
-    execute(&mut connection, format!("SELECT pg_drop_replication_slot('{BASE_SLOT}')")).await?;
-    Ok(probe.commit_to_decoded_us)
+    let seconds = IDLE.mul_f64(bench.factor.min(1.0)).as_secs_f64();
+    let title = format!("{seconds:.0} s without an event, then {ELSEWHERE_MIB} MiB of log of other tables");
+    let mut section = Section::of("idle", title, &rounds)?;
+    section.notes.push(format!(
+        "CPU in percent of one processor (a tick of 10 ms is {:.3}); log after {} s, from the slot's confirmed flush LSN \
+         (UNCONFIRMED) and its restart LSN (RETAINED) to its end",
+        1.0 / seconds,
+        LET_GO.mul_f64(bench.factor.min(1.0)).as_secs()
+    ));
+    section.table = head(["ARM", "CPU %", "WALSENDER %", "RSS MIB", "UNCONFIRMED KIB", "RETAINED KIB"]);
+    section.table.extend(rounds.iter().map(|round| {
+        vec![
+            round.arm.to_owned(),
+            format!("{:.2}", round.cpu_percent),
+            format!("{:.2}", round.walsender_cpu_percent),
+            (round.rss_bytes >> 20).to_string(),
+            (round.unconfirmed_bytes >> 10).to_string(),
+            (round.retained_bytes >> 10).to_string(),
+        ]
+    }));
+    let chart = |title: &str, of: &dyn Fn(&Round) -> (f64, String)| {
+        let bars = rounds.iter().map(|round| {
+            let (value, label) = of(round);
+            Bar { name: round.arm.to_owned(), parts: vec![value], spread: None::<Spread>, label }
+        });
+        Chart { title: title.to_owned(), bars: bars.collect() }
+    };
+    #[expect(clippy::cast_precision_loss, reason = "no process has 2^52 bytes")]
+    let memory = |round: &Round| {
+        let mib = round.rss_bytes as f64 / f64::from(1 << 20);
+        (mib, format!("{mib:.0} MiB"))
+    };
+    section.charts = vec![
+        chart("CPU without an event, in percent of a processor", &|round| {
+            (round.cpu_percent, format!("{:.2} %", round.cpu_percent))
+        }),
+        chart("Memory without an event", &memory),
+    ];
+    section.failures = failures;
+    Ok(section)
+}
+
+async fn one(bench: &Bench<'_>, arm: &'static str, publisher: &Publisher) -> Result<(Round, Option<String>)> {
+    let mut trial = Trial::start(bench.servers, publisher, bench.number()).await?;
+    let part = bench.factor.min(1.0);
+    tokio::time::sleep(SETTLE.mul_f64(part)).await;
+    let sender = walsender(&mut trial.connection, &trial.slot).await?;
+    let usage =
+        |pid: Option<u32>| pid.and_then(Usage::of).ok_or_else(|| Failure::new(format!("{arm} does not run")));
+    let pid = trial.running.child.id();
+    let (before, sender_before) = (usage(pid)?, usage(sender)?);
+    let idle = IDLE.mul_f64(part);
+    tokio::time::sleep(idle).await;
+    let (after, sender_after) = (usage(pid)?, usage(sender)?);
+    let percent =
+        |before: Usage, after: Usage| (after.cpu_seconds - before.cpu_seconds) * 100.0 / idle.as_secs_f64();
+    elsewhere(&mut trial.connection).await?;
+    tokio::time::sleep(LET_GO.mul_f64(part)).await;
+    let (unconfirmed_bytes, retained_bytes) = held(&mut trial.connection, &trial.slot).await?;
+    let round = Round {
+        arm,
+        cpu_percent: percent(before, after),
+        walsender_cpu_percent: percent(sender_before, sender_after),
+        rss_bytes: after.rss_bytes,
+        unconfirmed_bytes,
+        retained_bytes,
+    };
+    Ok((round, failure(arm, trial.end().await?)))
+}
+
+/// Writes a table that is nobody's business.
+async fn elsewhere(connection: &mut PgConnection) -> Result<()> {
+    execute(connection, "CREATE TABLE elsewhere (filler text STORAGE PLAIN)".to_owned()).await?;
+    for _ in 0..ELSEWHERE_MIB {
+        let sql = "INSERT INTO elsewhere SELECT repeat('x', 1000) FROM generate_series(1, 1000)";
+        execute(connection, sql.to_owned()).await?;
+    }
+    execute(connection, "DROP TABLE elsewhere".to_owned()).await
+}
+
+async fn held(connection: &mut PgConnection, slot: &str) -> Result<(i64, i64)> {
+    sqlx::query_as(
+        "SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), confirmed_flush_lsn)::int8, \
+         pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)::int8 FROM pg_replication_slots WHERE slot_name = $1",
+    )
+    .bind(slot)
+    .fetch_optional(connection)
+    .await
+    .explain(|| format!("look at the slot {slot}"))?
+    .ok_or_else(nothing)
 }

@@ -34,9 +34,18 @@ impl Spread {
     }
 }
 
-/// Of sorted numbers; 0 of none.
-pub(super) fn percentile(sorted: &[u32], percent: usize) -> u32 {
-    let index = (sorted.len() * percent / 100).min(sorted.len().saturating_sub(1));
+/// How far apart those in the middle half are, in proportion to the median: what a single disturbance does not change.
+pub(super) fn middle_half(numbers: &[f64]) -> Option<f64> {
+    let mut sorted = numbers.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let (quarter, count) = (sorted.len() / 4, sorted.len());
+    let median = Spread::of(sorted.iter().copied())?.median;
+    Some((sorted.get(count - 1 - quarter)? - sorted.get(quarter)?) / median)
+}
+
+/// Of sorted numbers, that below which so many of a thousand are; 0 of none.
+pub(super) fn per_mille(sorted: &[u32], count: usize) -> u32 {
+    let index = (sorted.len() * count / 1000).min(sorted.len().saturating_sub(1));
     sorted.get(index).copied().unwrap_or(0)
 }
 
@@ -54,9 +63,15 @@ mod tests {
     }
 
     #[test]
+    fn one_disturbance_is_not_in_the_middle_half() {
+        assert!((middle_half(&[9.0, 1.0, 1.1, 0.9, 1.0]).unwrap() - 0.1).abs() < 1e-9);
+        assert_eq!(middle_half(&[]), None);
+    }
+
+    #[test]
     fn percentiles_are_of_the_sorted_numbers() {
         let numbers: Vec<u32> = (1..=200).collect();
-        assert_eq!((percentile(&numbers, 50), percentile(&numbers, 99)), (101, 199));
-        assert_eq!((percentile(&[7], 99), percentile(&[], 99)), (7, 0));
+        assert_eq!((per_mille(&numbers, 500), per_mille(&numbers, 990)), (101, 199));
+        assert_eq!((per_mille(&[7], 999), per_mille(&[], 990)), (7, 0));
     }
 }

@@ -22,7 +22,7 @@ const PREFIX: &str = "bench-";
 /// How long one statement that is not a workload may take.
 const STATEMENT_LIMIT: Duration = Duration::from_secs(60);
 /// The database that the workloads are written to.
-const DATABASE: &str = "bench";
+pub(super) const DATABASE: &str = "bench";
 
 /// Set for every bench, before what the user sets.
 pub(super) const SETTINGS: [(&str, &str); 5] = [
@@ -55,6 +55,24 @@ impl Servers {
         settings: &[(String, String)],
         progress: &Progress,
     ) -> Result<(Self, Stack)> {
+        Self::start_with(version, settings, true, progress).await
+    }
+
+    /// The same with all services of the order system.
+    pub(super) async fn start_whole(
+        version: cli::Postgres,
+        settings: &[(String, String)],
+        progress: &Progress,
+    ) -> Result<(Self, Stack)> {
+        Self::start_with(version, settings, false, progress).await
+    }
+
+    async fn start_with(
+        version: cli::Postgres,
+        settings: &[(String, String)],
+        infra_only: bool,
+        progress: &Progress,
+    ) -> Result<(Self, Stack)> {
         let home = Layout::open(None)?;
         test::sweep(&home, PREFIX, progress).await;
         prerequisites::disk(&home.dir)?;
@@ -62,7 +80,7 @@ impl Servers {
         let kafka_version = crate::kafka::version(&maven::kafka(&home, progress)?);
         let postgres_version = postgres::install(&home, progress, version)?.version;
         let layout = Layout::open(Some(&home.dir.join(format!("{PREFIX}{}", std::process::id()))))?;
-        let stack = Stack::start(&up(&layout, version, settings), &layout, progress).await?;
+        let stack = Stack::start(&up(&layout, version, settings, infra_only), &layout, progress).await?;
         let state = stack.state();
         let of = |name: &str| {
             let entry = state.processes.iter().find(|entry| entry.name == name);
@@ -116,18 +134,19 @@ impl Servers {
     }
 }
 
-fn up(layout: &Layout, postgres: cli::Postgres, settings: &[(String, String)]) -> Up {
+fn up(layout: &Layout, postgres: cli::Postgres, settings: &[(String, String)], infra_only: bool) -> Up {
     let own = SETTINGS.map(|(name, value)| (name.to_owned(), value.to_owned()));
     Up {
         place: Place { dir: Some(layout.dir.clone()) },
         postgres,
         postgres_set: own.into_iter().chain(settings.iter().cloned()).collect(),
-        kafka_set: Vec::new(),
+        // What a measurement has left is gone before the next one needs the room.
+        kafka_set: vec![("log.segment.delete.delay.ms".to_owned(), "1000".to_owned())],
         brokers: 1,
         scale: Vec::new(),
         ports: Ports::Auto,
         detach: false,
-        infra_only: true,
+        infra_only,
         json: false,
         fresh: false,
         no_build: true,
@@ -135,7 +154,7 @@ fn up(layout: &Layout, postgres: cli::Postgres, settings: &[(String, String)]) -
     }
 }
 
-async fn connect(url: &str) -> Result<PgConnection> {
+pub(super) async fn connect(url: &str) -> Result<PgConnection> {
     PgConnection::connect(url).await.explain(|| "connect to the bench's Postgres".to_owned())
 }
 

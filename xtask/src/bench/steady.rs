@@ -1,174 +1,239 @@
-//! How late whoever reads committed records sees a row: at a steady rate that waits for nobody.
+//! How late whoever reads committed records sees a row, at steady rates that wait for nobody; and the highest rate that lasts.
 //!
 //! Each row has its time, however late the one before it was; what it took is counted from that time. So a stop of
 //! anything counts against all rows that it holds up.
 
-use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::{Duration, Instant},
-};
+use std::time::Instant;
 
-use rdkafka::{Message, error::KafkaError};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use super::{
-    arm::{copy_slot, drop_slot},
-    contents::Contents,
-    numbers::percentile,
-    relay::{END_LIMIT, Relay, Running},
-    servers::Servers,
-    workload::{self, Shape},
+    Bench,
+    contents::Loss,
+    numbers::{Spread, per_mille},
+    plot::{Bar, Chart},
+    publisher::Publisher,
+    section::{Section, head},
+    trial::{Trial, failure, nothing},
+    usage::Usage,
+    workload::scaled,
 };
-use crate::failure::{Explain, Failure, Result};
+use crate::failure::Result;
 
-/// Rows per second.
-pub(super) const RATE: u32 = 500;
-/// Rows before those that count: a relay that has just started is slow.
-const WARM_UP_ROWS: u64 = 1_000;
-const LOOK_INTERVAL: Duration = Duration::from_millis(10);
-/// How long the consumer waits at most before it looks whether it is still wanted.
-const POLL_LIMIT: Duration = Duration::from_millis(100);
+/// Rows per second before those that count, and how many: who has just started is slow.
+const WARM_UP: (u32, u64) = (4_000, 20_000);
+/// How long each rate lasts.
+const SECONDS: u32 = 10;
+/// How long a rate lasts that is only tried, whatever part of the rows is asked for.
+const TRY_SECONDS: u32 = 8;
+/// A rate lasts if 99 of 100 rows are seen within so many microseconds, and the last rows no later than those before them.
+const LASTS_US: u32 = 1_000_000;
+/// So much later, in microseconds, is no later.
+const GROWTH_US: u32 = 200_000;
+/// The first rate that is tried.
+const TRIED_FIRST: u32 = 8_000;
+/// No rate beyond it is tried.
+const TRIED_LAST: u32 = 128_000;
+/// So close the highest rate is looked for.
+const PRECISION: u32 = 2_000;
 
 /// Times from when a row was due to be committed until a consumer had it, in microseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+struct Latency {
+    rows_per_second: u32,
+    count: usize,
+    p50_us: u32,
+    p95_us: u32,
+    p99_us: u32,
+    p999_us: u32,
+    max_us: u32,
+    /// Of one processor, by the publisher and by the broker.
+    cpu_percent: f64,
+    broker_cpu_percent: f64,
+    /// The medians of the first half, and of the last tenth.
+    first_half_us: u32,
+    last_tenth_us: u32,
+    /// How much later than it was due the last row was written.
+    writer_late_us: u128,
+}
+
+/// The highest rate that lasts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-pub(super) struct Round {
-    pub(super) arm: &'static str,
-    pub(super) count: usize,
-    pub(super) p50_us: u32,
-    pub(super) p95_us: u32,
-    pub(super) p99_us: u32,
-    pub(super) max_us: u32,
+struct Highest {
+    rows_per_second: u32,
+    /// Whether it was the writer that did not keep up at the next one.
+    is_the_writers: bool,
 }
 
-/// The part of a payload that says which row it is of.
-#[derive(Debug, Deserialize)]
-struct Payload {
-    n: usize,
+/// One publisher at all rates.
+#[derive(Debug, Clone, Serialize)]
+struct Round {
+    arm: &'static str,
+    latencies: Vec<Latency>,
+    /// Where it was looked for.
+    highest: Option<Highest>,
+    loss: Loss,
 }
 
-/// Runs one round of `shape.rows` rows that count.
-pub(super) async fn round(
-    servers: &Servers,
-    (arm, relay): (&'static str, &Relay),
-    shape: Shape,
-    number: usize,
+/// Every publisher at every rate, in every round; the highest rate in the first.
+pub(super) async fn steady(bench: &Bench<'_>, rates: &[u32], highest: bool) -> Result<Section> {
+    let mut rounds = Vec::new();
+    for round in 1..=bench.rounds {
+        for (arm, publisher) in bench.arms.publishers() {
+            let what = format!("steady, round {round} of {}, {arm}", bench.rounds);
+            let step = bench.servers.progress.step(&what);
+            let tell = |detail| step.detail(detail);
+            rounds.push(one(bench, (arm, publisher), rates, highest && round == 1, &tell).await?);
+            step.done(&what);
+        }
+    }
+    section(bench, rates, &rounds)
+}
+
+async fn one(
+    bench: &Bench<'_>,
+    (arm, publisher): (&'static str, &Publisher),
+    rates: &[u32],
+    highest: bool,
+    tell: &dyn Fn(String),
 ) -> Result<Round> {
-    let mut connection = servers.connect().await?;
-    workload::prepare(&mut connection, shape).await?;
-    let slot = copy_slot(&mut connection, number).await?;
-    let ready = relay.init(servers, &slot, number).await?;
-    let contents = Contents::of(&servers.kafka, &ready.topic)?;
-    let mut running = ready.run()?;
-    let last = WARM_UP_ROWS + shape.rows;
-    let count = Arc::new(AtomicU64::new(0));
-    let seen = {
-        let count = Arc::clone(&count);
-        tokio::task::spawn_blocking(move || watch(&contents, last, &count))
+    let mut trial = Trial::start(bench.servers, publisher, bench.number()).await?;
+    let (rate, rows) = WARM_UP;
+    at(&mut trial, rate, scaled(rows, bench.factor)).await?;
+    let mut latencies = Vec::new();
+    for &rate in rates {
+        tell(format!("{rate} rows/s"));
+        latencies.push(at(&mut trial, rate, scaled(u64::from(rate * SECONDS), bench.factor)).await?);
+    }
+    let highest = if highest { Some(find_highest(&mut trial, tell).await?) } else { None };
+    Ok(Round { arm, latencies, highest, loss: trial.end().await? })
+}
+
+/// So many rows at a rate; waits until all of them are seen.
+async fn at(trial: &mut Trial<'_>, rate: u32, rows: u64) -> Result<Latency> {
+    let usage = |trial: &Trial<'_>| {
+        let of = |pid: u32| Usage::of(pid).unwrap_or_default().cpu_seconds;
+        (trial.running.child.id().map_or(0.0, of), of(trial.servers.broker))
     };
-    // Row 0 tells when all of them are there.
-    workload::insert(&mut connection, 0).await?;
-    until(&mut running, &count, 1).await?;
-    let start = Instant::now();
-    for number in 1..=last {
-        tokio::time::sleep_until(due(start, number).into()).await;
-        workload::insert(&mut connection, number).await?;
-    }
-    until(&mut running, &count, last + 1).await?;
-    let seen = seen.await.explain(|| "read the rows".to_owned())??;
-    running.end().await?;
-    drop_slot(&mut connection, &slot).await?;
-    workload::forget(servers).await?;
-    let counted = (WARM_UP_ROWS + 1..=last).zip(seen.into_iter().skip(1 + usize_of(WARM_UP_ROWS)));
-    let took = counted.filter_map(|(number, seen)| Some(seen?.saturating_duration_since(due(start, number))));
-    Ok(Round::of(arm, took))
-}
-
-/// When a row is to be committed.
-fn due(start: Instant, number: u64) -> Instant {
-    start + Duration::from_secs(number) / RATE
-}
-
-fn usize_of(number: u64) -> usize {
-    usize::try_from(number).unwrap_or(usize::MAX)
-}
-
-/// Waits until the consumer has seen so many rows.
-///
-/// # Errors
-/// The relay has ended, or no row has come for [`END_LIMIT`].
-async fn until(running: &mut Running, count: &AtomicU64, rows: u64) -> Result<()> {
-    let (mut before, mut since) = (0, Instant::now());
-    loop {
-        let count = count.load(Ordering::Relaxed);
-        if count >= rows {
-            return Ok(());
-        }
-        running.look()?;
-        if count > before {
-            (before, since) = (count, Instant::now());
-        }
-        if since.elapsed() > END_LIMIT {
-            return Err(running.failed(format!("a consumer sees {count} rows of {rows}")));
-        }
-        tokio::time::sleep(LOOK_INTERVAL).await;
-    }
-}
-
-/// When each of the rows from 0 to `last` was first seen. Ends once all were, or none comes for twice [`END_LIMIT`].
-fn watch(contents: &Contents, last: u64, count: &AtomicU64) -> Result<Vec<Option<Instant>>> {
-    let reader = contents.read_committed()?;
-    let mut seen = vec![None; usize_of(last) + 1];
-    let mut since = Instant::now();
-    while count.load(Ordering::Relaxed) <= last && since.elapsed() < 2 * END_LIMIT {
-        let record = match reader.poll(POLL_LIMIT) {
-            None | Some(Err(KafkaError::PartitionEOF(_))) => continue,
-            Some(record) => record.explain(|| "read the rows".to_owned())?,
-        };
-        since = Instant::now();
-        let payload: Payload = serde_json::from_slice(record.payload().unwrap_or_default())
-            .explain(|| "read a row's payload".to_owned())?;
-        let Some(place) = seen.get_mut(payload.n) else {
-            return Err(Failure::new(format!("nobody wrote row {}", payload.n)));
-        };
-        if place.is_none() {
-            *place = Some(since);
-            count.fetch_add(1, Ordering::Relaxed);
-        }
-    }
-    Ok(seen)
-}
-
-impl Round {
-    fn of(arm: &'static str, took: impl Iterator<Item = Duration>) -> Self {
-        let mut took: Vec<u32> = took.map(|it| u32::try_from(it.as_micros()).unwrap_or(u32::MAX)).collect();
+    let (before, since) = (usage(trial), Instant::now());
+    let mut load = trial.load(rate, rows).await?;
+    trial.until_seen(load.to + 1).await?;
+    let writer_late_us = load.written().await?.as_micros();
+    let (after, seconds) = (usage(trial), since.elapsed().as_secs_f64());
+    let median = |rows| {
+        let mut took = trial.took(&load, rows);
         took.sort_unstable();
-        Self {
-            arm,
-            count: took.len(),
-            p50_us: percentile(&took, 50),
-            p95_us: percentile(&took, 95),
-            p99_us: percentile(&took, 99),
-            max_us: took.last().copied().unwrap_or(0),
+        per_mille(&took, 500)
+    };
+    let (half, tenth) = (load.from.midpoint(load.to), load.to - (load.to - load.from) / 10);
+    let (first_half_us, last_tenth_us) = (median(load.from..=half), median(tenth..=load.to));
+    let mut took = trial.took(&load, load.from..=load.to);
+    took.sort_unstable();
+    Ok(Latency {
+        rows_per_second: rate,
+        count: took.len(),
+        p50_us: per_mille(&took, 500),
+        p95_us: per_mille(&took, 950),
+        p99_us: per_mille(&took, 990),
+        p999_us: per_mille(&took, 999),
+        max_us: took.last().copied().unwrap_or(0),
+        cpu_percent: (after.0 - before.0) * 100.0 / seconds,
+        broker_cpu_percent: (after.1 - before.1) * 100.0 / seconds,
+        first_half_us,
+        last_tenth_us,
+        writer_late_us,
+    })
+}
+
+impl Highest {
+    fn cell(self) -> String {
+        let writers = if self.is_the_writers { " (writer)" } else { "" };
+        format!("{}{writers}", self.rows_per_second)
+    }
+}
+
+impl Latency {
+    fn lasts(&self) -> bool {
+        self.p99_us <= LASTS_US && self.last_tenth_us <= self.first_half_us + GROWTH_US
+    }
+}
+
+/// Doubles until a rate does not last, then halves the difference.
+async fn find_highest(trial: &mut Trial<'_>, tell: &dyn Fn(String)) -> Result<Highest> {
+    let (mut lasts, mut fails, mut is_the_writers) = (0, None, false);
+    while let Some(rate) = next_rate(lasts, fails) {
+        tell(format!("does {rate} rows/s last?"));
+        let latency = at(trial, rate, u64::from(rate * TRY_SECONDS)).await?;
+        if latency.lasts() {
+            lasts = rate;
+        } else {
+            fails = Some(rate);
+            is_the_writers = latency.writer_late_us > u128::from(latency.last_tenth_us / 2);
         }
     }
+    Ok(Highest { rows_per_second: lasts, is_the_writers })
+}
 
-    /// For a person.
-    pub(super) fn line(&self, round: u32) -> String {
-        let ms = |us: u32| format!("{:.1}", f64::from(us) / 1e3);
-        format!(
-            "steady, round {round}, {}, {} rows at {RATE} a second: due to seen by a consumer p50 {} ms, p95 {} ms, p99 {} \
-             ms, at most {} ms",
-            self.arm,
-            self.count,
-            ms(self.p50_us),
-            ms(self.p95_us),
-            ms(self.p99_us),
-            ms(self.max_us)
-        )
+/// What to try, of what lasted and what did not; None once it is known well enough.
+fn next_rate(lasts: u32, fails: Option<u32>) -> Option<u32> {
+    match fails {
+        None if lasts == 0 => Some(TRIED_FIRST),
+        None => Some(lasts * 2).filter(|rate| *rate <= TRIED_LAST),
+        Some(fails) => (fails - lasts > PRECISION).then_some(u32::midpoint(lasts, fails)),
     }
+}
+
+fn section(bench: &Bench<'_>, rates: &[u32], rounds: &[Round]) -> Result<Section> {
+    let title = format!(
+        "rows at steady rates, each its own transaction: {SECONDS} s of each rate, and who waits for nobody"
+    );
+    let mut section = Section::of("steady", title, &rounds)?;
+    section.notes.push(format!(
+        "milliseconds from when a row was due to be committed until one outside consumer of committed records had it; medians of {} \
+         rounds, P99 with the extremes. MAX: of all rounds. CPU in percent of one processor. HIGHEST: the rate in rows/s, \
+         to {PRECISION}, that {TRY_SECONDS} s of it do not make later and later (one try; \"writer\": beyond it the writer was late itself); \
+         writer, Postgres, publisher, Kafka and consumer share the machine",
+        bench.rounds
+    ));
+    section.table = head([
+        "ARM", "ROWS/S", "P50", "P95", "P99", "FROM TO", "P99.9", "MAX", "CPU %", "BROKER %", "HIGHEST",
+        "LOST", "TWICE",
+    ]);
+    for &rate in rates {
+        let mut bars = Vec::new();
+        for (arm, _) in bench.arms.publishers() {
+            let own: Vec<&Round> = rounds.iter().filter(|round| round.arm == arm).collect();
+            let spread = |of: &dyn Fn(&Latency) -> f64| {
+                let all = own.iter().flat_map(|round| &round.latencies);
+                Spread::of(all.filter(|it| it.rows_per_second == rate).map(of)).ok_or_else(nothing)
+            };
+            let ms = |of: fn(&Latency) -> u32| spread(&|latency| f64::from(of(latency)) / 1e3);
+            let median = |of| ms(of).map(|spread| format!("{:.1}", spread.median));
+            let p99 = ms(|it| it.p99_us)?;
+            let highest = own.iter().find_map(|round| round.highest);
+            let sum = |of: fn(Loss) -> u64| own.iter().map(|round| of(round.loss)).sum::<u64>().to_string();
+            section.table.push(vec![
+                arm.to_owned(),
+                rate.to_string(),
+                median(|it| it.p50_us)?,
+                median(|it| it.p95_us)?,
+                format!("{:.1}", p99.median),
+                format!("{:.1} to {:.1}", p99.min, p99.max),
+                median(|it| it.p999_us)?,
+                format!("{:.1}", ms(|it| it.max_us)?.max),
+                format!("{:.1}", spread(&|it| it.cpu_percent)?.median),
+                format!("{:.1}", spread(&|it| it.broker_cpu_percent)?.median),
+                highest.map_or_else(|| "-".to_owned(), Highest::cell),
+                sum(Loss::lost),
+                sum(|loss| loss.duplicates),
+            ]);
+            let label = format!("{:.1} ms", p99.median);
+            bars.push(Bar { name: arm.to_owned(), parts: vec![p99.median], spread: Some(p99), label });
+        }
+        section.charts.push(Chart { title: format!("P99 at {rate} rows a second, in milliseconds"), bars });
+    }
+    section.failures = rounds.iter().filter_map(|round| failure(round.arm, round.loss)).collect();
+    Ok(section)
 }
 
 #[cfg(test)]
@@ -176,10 +241,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rows_are_due_at_the_rate_and_what_they_took_is_sorted() {
-        let start = Instant::now();
-        assert_eq!(due(start, u64::from(RATE)), start + Duration::from_secs(1));
-        let round = Round::of("relay", (1..=100).rev().map(Duration::from_millis));
-        assert_eq!((round.count, round.p95_us, round.max_us), (100, 96_000, 100_000));
+    fn the_highest_rate_is_between_one_that_lasts_and_one_that_does_not() {
+        let find = |limit: u32| {
+            let (mut lasts, mut fails) = (0, None);
+            while let Some(rate) = next_rate(lasts, fails) {
+                if rate <= limit { lasts = rate } else { fails = Some(rate) }
+            }
+            lasts
+        };
+        for limit in [500, 3_000, 8_000, 45_000, 100_000] {
+            let found = find(limit);
+            assert!(found <= limit && limit - found <= PRECISION, "{limit}: {found}");
+        }
+        assert_eq!(find(u32::MAX), TRIED_LAST);
     }
 }

@@ -12,6 +12,8 @@ pub(super) struct Usage {
     pub(super) cpu_seconds: f64,
     /// The most memory that it had at once.
     pub(super) peak_rss_bytes: u64,
+    /// The memory that it has.
+    pub(super) rss_bytes: u64,
 }
 
 impl Usage {
@@ -20,9 +22,12 @@ impl Usage {
         let cpu_seconds = cpu_seconds(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)?;
         let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
         // Missing at the very end of a process.
-        let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-        let kib = peak.and_then(|line| line.trim().strip_suffix(" kB")?.parse::<u64>().ok());
-        Some(Self { cpu_seconds, peak_rss_bytes: kib.unwrap_or(0) * 1024 })
+        let bytes = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+            Some(line.trim().strip_suffix(" kB")?.parse::<u64>().ok()? * 1024)
+        };
+        let [peak_rss_bytes, rss_bytes] = ["VmHWM:", "VmRSS:"].map(|name| bytes(name).unwrap_or(0));
+        Some(Self { cpu_seconds, peak_rss_bytes, rss_bytes })
     }
 }
 
@@ -58,7 +63,8 @@ mod tests {
 
     #[test]
     fn this_process_uses_memory() {
-        assert!(Usage::of(std::process::id()).unwrap().peak_rss_bytes > 1 << 20);
+        let own = Usage::of(std::process::id()).unwrap();
+        assert!(own.peak_rss_bytes >= own.rss_bytes && own.rss_bytes > 1 << 20, "{own:?}");
         assert_eq!(Usage::of(u32::MAX), None);
     }
 }

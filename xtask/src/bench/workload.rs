@@ -1,5 +1,7 @@
 //! What is written into the log, and the slot that has all of it before it.
 
+use std::{collections::HashMap, sync::Arc};
+
 use clap::ValueEnum;
 use sqlx::{AssertSqlSafe, PgConnection};
 
@@ -8,24 +10,26 @@ use crate::failure::{Explain, Result};
 
 /// The slot that stays where a workload begins; every measurement gets a copy of it.
 pub(super) const BASE_SLOT: &str = "bench_base";
+/// How many keys there are.
+const KEYS: u64 = 10_000;
+/// From so many bytes on Postgres compresses a row, or moves it out of line (`TOAST_TUPLE_THRESHOLD`).
+const COMPRESSED_BYTES: u32 = 1_900;
 /// Rows that one statement writes, where transactions are smaller: after each, progress is told.
 const ROWS_PER_STATEMENT: u64 = 20_000;
 
 /// The names that `--workload` takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Workload {
-    /// 300,000 transactions of one row with a jsonb payload of 500 bytes
+    /// 1,000,000 transactions of one row with a jsonb payload of 500 bytes
     Single,
-    /// 1,000,000 rows in transactions of 1,000
+    /// 1,000,000 such rows in transactions of 1,000
     Thousand,
+    /// 1,000,000 transactions of one row with a jsonb payload of 200 bytes
+    Small,
+    /// 500,000 transactions of one row with a jsonb payload of 2,000 bytes that does not compress
+    Large,
     /// 200,000 rows with a bytea payload of 512 bytes, in transactions of 100
     Bytea,
-    /// One transaction of 1,000,000 rows
-    Big,
-    /// Rows that come one at a time: what pacing costs them
-    Idle,
-    /// 5,000 rows, 500 a second: how late a consumer of committed records sees each
-    Steady,
 }
 
 /// A workload's size.
@@ -33,7 +37,16 @@ pub(crate) enum Workload {
 pub(super) struct Shape {
     pub(super) rows: u64,
     pub(super) rows_per_transaction: u64,
-    bytea: bool,
+    pub(super) bytea: bool,
+    /// As it is sent, give or take the digits of the row's number.
+    pub(super) payload_bytes: u32,
+}
+
+impl Shape {
+    /// So many rows of 500 bytes, in transactions of so many.
+    pub(super) const fn of(rows: u64, rows_per_transaction: u64) -> Self {
+        Self { rows, rows_per_transaction, bytea: false, payload_bytes: 500 }
+    }
 }
 
 /// A workload that was written.
@@ -44,45 +57,87 @@ pub(super) struct Written {
     pub(super) end_lsn: String,
     /// How much log it is.
     pub(super) wal_bytes: i64,
+    pub(super) outbox: Arc<Outbox>,
+}
+
+/// The rows' ids, and the order in which they were written.
+#[derive(Debug, Default)]
+pub(super) struct Outbox(HashMap<u128, u32>);
+
+impl Outbox {
+    /// Of ids in their order.
+    pub(super) fn of(ids: impl IntoIterator<Item = u128>) -> Self {
+        Self(ids.into_iter().zip(0..).collect())
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Which of the rows it is, counted from 0.
+    pub(super) fn place(&self, id: u128) -> Option<u32> {
+        self.0.get(&id).copied()
+    }
+
+    async fn read(connection: &mut PgConnection) -> Result<Self> {
+        // Nothing was ever deleted, so the places in the table are in the order of writing.
+        let ids: Vec<uuid::Uuid> = sqlx::query_scalar("SELECT id FROM outbox ORDER BY ctid")
+            .fetch_all(connection)
+            .await
+            .explain(|| "read the rows' ids".to_owned())?;
+        Ok(Self::of(ids.iter().map(uuid::Uuid::as_u128)))
+    }
 }
 
 impl Workload {
     /// All of them, in the order in which they run.
-    pub(super) const ALL: [Self; 6] =
-        [Self::Single, Self::Thousand, Self::Bytea, Self::Big, Self::Idle, Self::Steady];
+    pub(super) const ALL: [Self; 5] = [Self::Single, Self::Thousand, Self::Small, Self::Large, Self::Bytea];
 
     /// As on the command line.
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Single => "single",
             Self::Thousand => "thousand",
+            Self::Small => "small",
+            Self::Large => "large",
             Self::Bytea => "bytea",
-            Self::Big => "big",
-            Self::Idle => "idle",
-            Self::Steady => "steady",
         }
     }
 
     /// Its size, for a part or a multiple of the full one.
     pub(super) fn shape(self, factor: f64) -> Shape {
-        let (rows, rows_per_transaction, bytea) = match self {
-            Self::Single => (300_000, 1, false),
-            Self::Thousand => (1_000_000, 1_000, false),
-            Self::Bytea => (200_000, 100, true),
-            Self::Big => (1_000_000, 1_000_000, false),
-            Self::Idle => (1_000, 1, false),
-            Self::Steady => (5_000, 1, false),
+        let shape = match self {
+            Self::Single => Shape::of(1_000_000, 1),
+            Self::Thousand => Shape::of(1_000_000, 1_000),
+            Self::Small => Shape { payload_bytes: 200, ..Shape::of(1_000_000, 1) },
+            Self::Large => Shape { payload_bytes: 2_000, ..Shape::of(500_000, 1) },
+            Self::Bytea => Shape { bytea: true, payload_bytes: 512, ..Shape::of(200_000, 100) },
         };
-        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "the factor is bounded")]
-        let rows = (f64::from(rows) * factor).ceil().max(1.0) as u64;
-        Shape { rows, rows_per_transaction: rows_per_transaction.min(rows), bytea }
+        let rows = scaled(shape.rows, factor);
+        Shape { rows, rows_per_transaction: shape.rows_per_transaction.min(rows), ..shape }
     }
+}
+
+/// A part or a multiple of a number of rows, but at least one.
+pub(crate) fn scaled(rows: u64, factor: f64) -> u64 {
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_precision_loss,
+        clippy::cast_sign_loss,
+        reason = "the factor is bounded"
+    )]
+    let rows = (rows as f64 * factor).ceil().max(1.0) as u64;
+    rows
 }
 
 /// Makes an empty outbox, its publication and the base slot.
 pub(super) async fn prepare(connection: &mut PgConnection, shape: Shape) -> Result<()> {
     let payload = if shape.bytea { "bytea" } else { "jsonb" };
     for sql in [
+        // Of a scenario that failed.
+        format!(
+            "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = '{BASE_SLOT}'"
+        ),
         "DROP PUBLICATION IF EXISTS cdc_relay".to_owned(),
         "DROP TABLE IF EXISTS outbox".to_owned(),
         // Debezium's default table. Cleaning it up behind us would disturb what is measured.
@@ -127,8 +182,9 @@ pub(super) async fn write(servers: &Servers, name: &str, shape: Shape) -> Result
     .explain(|| "ask for the end of the log".to_owned())?;
     // What was committed asynchronously is flushed with it, and no checkpoint follows while we measure.
     execute(&mut connection, "CHECKPOINT".to_owned()).await?;
+    let outbox = Arc::new(Outbox::read(&mut connection).await?);
     step.done(&format!("workload {name}: {} rows, {:.0} MiB of log", shape.rows, mib(end.1)));
-    Ok(Written { shape, end_lsn: end.0, wal_bytes: end.1 })
+    Ok(Written { shape, end_lsn: end.0, wal_bytes: end.1, outbox })
 }
 
 #[expect(clippy::cast_precision_loss, reason = "for a person to read")]
@@ -138,28 +194,53 @@ fn mib(bytes: i64) -> f64 {
 
 /// Writes rows `from` to `to`, in the workload's transactions.
 fn statement(shape: Shape, from: u64, to: u64) -> String {
-    let payload = if shape.bytea {
-        "decode(repeat(md5(n::text), 32), 'hex')".to_owned()
-    } else {
-        // As text, which is how it is sent, it has 500 bytes, give or take the digits of n.
-        format!(
-            "('{{\"n\": ' || n || ', \"digest\": \"' || md5(n::text) || '\", \"text\": \"{}\"}}')::jsonb",
-            "Quattro stagioni, ".repeat(24)
-        )
-    };
-    let step = shape.rows_per_transaction;
+    let (payload, step) = (payload(shape), shape.rows_per_transaction);
     format!(
         "DO $$ BEGIN FOR head IN {from}..{to} BY {step} LOOP \
-         INSERT INTO outbox SELECT gen_random_uuid(), 'order', 'order-' || n % 10000, 'OrderCreated', {payload} \
+         INSERT INTO outbox SELECT gen_random_uuid(), 'order', 'order-' || n % {KEYS}, 'OrderCreated', {payload} \
          FROM generate_series(head, least(head + {step} - 1, {to})) n; \
          COMMIT; END LOOP; END $$"
     )
 }
 
+/// The payload of row `n`.
+fn payload(shape: Shape) -> String {
+    if shape.bytea {
+        return format!("decode(repeat(md5(n::text), {}), 'hex')", shape.payload_bytes / 16);
+    }
+    let text = "Quattro stagioni, ".repeat(shape.payload_bytes as usize / 18 + 1);
+    // What else there is has 72 bytes.
+    let length = shape.payload_bytes as usize - 72;
+    let text = if shape.payload_bytes < COMPRESSED_BYTES {
+        text[..length].to_owned()
+    } else {
+        // A sum of digests, so that Postgres does not shorten it.
+        let digests = format!(
+            "SELECT string_agg(md5((n * 100 + i)::text), '') FROM generate_series(1, {}) i",
+            length / 32
+        );
+        format!("' || ({digests}) || '")
+    };
+    format!("('{{\"n\": ' || n || ', \"digest\": \"' || md5(n::text) || '\", \"text\": \"{text}\"}}')::jsonb")
+}
+
 /// One row, committed before this returns.
 pub(super) async fn insert(connection: &mut PgConnection, number: u64) -> Result<()> {
-    let shape = Shape { rows: 1, rows_per_transaction: 1, bytea: false };
-    execute(connection, statement(shape, number, number)).await
+    execute(connection, statement(Shape::of(1, 1), number, number)).await
+}
+
+/// Writes rows `from` to `to` at a rate, each in its own transaction: row `from + k` is due k / `rate` seconds after `start`,
+/// in microseconds since the Unix epoch. The server itself looks at the clock, so that no client is in the way; it writes what is
+/// due, and looks again after a millisecond.
+pub(super) fn paced(start_us: u128, rate: u32, from: u64, to: u64) -> String {
+    let payload = payload(Shape::of(1, 1));
+    format!(
+        "DO $$ DECLARE n bigint := {from}; due bigint; BEGIN LOOP \
+         due := least({from} + floor((extract(epoch FROM clock_timestamp()) * 1000000 - {start_us}) * {rate} / 1000000), {to}); \
+         WHILE n <= due LOOP INSERT INTO outbox VALUES (gen_random_uuid(), 'order', 'order-' || n % {KEYS}, 'OrderCreated', \
+         {payload}); COMMIT; n := n + 1; END LOOP; \
+         EXIT WHEN n > {to}; PERFORM pg_sleep(0.0005); END LOOP; END $$"
+    )
 }
 
 /// Removes the base slot, so that the server may forget the log.
@@ -178,9 +259,9 @@ mod tests {
     fn a_part_of_a_workload_keeps_its_transactions_where_it_can() {
         let thousand = Workload::Thousand.shape(0.01);
         assert_eq!((thousand.rows, thousand.rows_per_transaction), (10_000, 1_000));
-        let big = Workload::Big.shape(0.001);
-        assert_eq!((big.rows, big.rows_per_transaction), (1_000, 1_000));
-        assert_eq!(Workload::Single.shape(0.000_001).rows, 1);
+        let few = Workload::Thousand.shape(0.000_1);
+        assert_eq!((few.rows, few.rows_per_transaction), (100, 100));
+        assert_eq!(Workload::Single.shape(0.000_000_1).rows, 1);
     }
 
     #[test]

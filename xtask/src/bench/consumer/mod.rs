@@ -11,7 +11,6 @@ mod sql;
 
 use std::{
     collections::BTreeMap,
-    io::{self, Write},
     path::{Path, PathBuf},
     process::{Command, Stdio},
 };
@@ -26,8 +25,7 @@ use self::{
     sql::Rows,
 };
 use super::{
-    drain::version,
-    host::{self, Host},
+    document::{Document, version},
     servers::{Servers, execute},
     usage::Usage,
 };
@@ -46,52 +44,50 @@ use crate::{
 /// What all arms read.
 const TOPIC: &str = "bench-events";
 
-/// Runs the bench; its servers are gone when it returns.
-pub(crate) async fn consumer(args: &cli::ConsumerBench) -> Result<()> {
-    let progress = Progress::new(None);
-    let home = Layout::open(None)?;
-    let python = python::install(&home, &progress)?;
+/// Installs what it needs beside the stack, once; the interpreter.
+pub(super) fn install(progress: &Progress) -> Result<PathBuf> {
+    python::install(&Layout::open(None)?, progress)
+}
+
+/// Runs the scenario; its servers are gone when it returns.
+pub(super) async fn consumer(
+    args: &cli::ConsumerBench,
+    document: &mut Document,
+    progress: &Progress,
+) -> Result<()> {
+    let python = install(progress)?;
     if !args.no_build {
-        services::build(&home, &progress)?;
+        services::build(&Layout::open(None)?, progress)?;
     }
     let binary = services::binary("consumer")?;
-    let consumer = version(&binary)?;
+    document.version(version(&binary)?);
     let batch_records = args.batch_records.map_or_else(|| default_batch_records(&binary), Ok)?;
-    // Before we are busy ourselves.
-    let warnings: Vec<String> = host::busy().into_iter().collect();
+    document.busy();
     // An offset is committed after the rows are on the disk: without it, no event is safe.
     let mut settings = vec![("fsync".to_owned(), "on".to_owned())];
     settings.extend(args.postgres_set.iter().cloned());
-    let (servers, mut stack) = Servers::start(args.postgres, &settings, &progress).await?;
+    let (servers, mut stack) = Servers::start(args.postgres, &settings, progress).await?;
     let events = Events { count: args.events, partitions: args.partitions };
     let bench = Bench { args, servers: &servers, binary, events, batch_records };
     let result = tokio::select! {
         result = bench.measure(&python) => result,
         () = stack.interrupted() => Err(Failure::new("interrupted")),
     };
-    let (postgres, kafka) = (servers.postgres_version.clone(), servers.kafka_version.clone());
+    document.version(format!("PostgreSQL {}", servers.postgres_version));
+    document.version(format!("Kafka {}", servers.kafka_version));
     servers.stop(stack, result.is_err()).await;
     let (runs, first) = result?;
     let setting = Setting {
-        host: Host::look(),
-        consumer,
         handler: args.handler.name(),
         confluent_kafka: python::PACKAGE,
-        postgres,
-        kafka,
         postgres_settings: settings.iter().map(|(name, value)| format!("{name}={value}")).collect(),
         events: events.count,
         orders: events.orders(),
         partitions: events.partitions,
         batch_records,
     };
-    let report = Report::new(setting, runs, first, warnings)?;
-    let text = if args.json {
-        serde_json::to_string_pretty(&report).explain(|| "print the report".to_owned())?
-    } else {
-        report.text()
-    };
-    writeln!(io::stdout(), "{text}").explain(|| "print the report".to_owned())
+    document.sections.push(Report::new(setting, runs, first)?.section()?);
+    Ok(())
 }
 
 /// What the consumer itself says that it takes to a batch.

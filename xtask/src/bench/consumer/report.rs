@@ -5,9 +5,9 @@ use serde::Serialize;
 use super::first::First;
 use crate::{
     bench::{
-        host::Host,
         numbers::{SPREAD_LIMIT, Spread},
-        report::table,
+        plot::{Bar, Chart},
+        section::{Section, head},
     },
     failure::{Failure, Result},
 };
@@ -49,12 +49,8 @@ pub(super) struct Runs {
 /// What was measured, on what.
 #[derive(Debug, Serialize)]
 pub(super) struct Setting {
-    pub(super) host: Host,
-    pub(super) consumer: String,
     pub(super) handler: String,
     pub(super) confluent_kafka: &'static str,
-    pub(super) postgres: String,
-    pub(super) kafka: String,
     /// Of Postgres, beside the local stack's.
     pub(super) postgres_settings: Vec<String>,
     pub(super) events: u64,
@@ -74,86 +70,74 @@ pub(super) struct Report {
     ratio_to_sql: Spread,
     ratio_to_confluent_kafka: Spread,
     first_event_seconds: First,
-    warnings: Vec<String>,
 }
 
 impl Report {
-    /// With a warning for each ratio that says little.
-    pub(super) fn new(setting: Setting, runs: Runs, first: First, mut warnings: Vec<String>) -> Result<Self> {
+    pub(super) fn new(setting: Setting, runs: Runs, first: First) -> Result<Self> {
         let ratio = |other: &[Run]| {
             let pairs = runs.consumer.iter().zip(other);
             Spread::of(pairs.map(|(consumer, other)| consumer.events_per_second / other.events_per_second))
                 .ok_or_else(|| Failure::new("nothing was measured"))
         };
         let (sql, confluent_kafka) = (ratio(&runs.sql)?, ratio(&runs.confluent_kafka)?);
-        for (arm, ratio) in [("sql", sql), ("confluent-kafka", confluent_kafka)] {
-            if ratio.relative() > SPREAD_LIMIT {
-                warnings.push(format!(
-                    "the ratio to {arm} spreads by {:.0} % of its median, so it says little; try again on a quiet \
-                     machine, with more --rounds or more --events",
-                    ratio.relative() * 100.0
-                ));
-            }
-        }
         Ok(Self {
             setting,
             runs,
             ratio_to_sql: sql,
             ratio_to_confluent_kafka: confluent_kafka,
             first_event_seconds: first,
-            warnings,
         })
     }
 
-    /// For a person.
-    pub(super) fn text(&self) -> String {
-        let Setting { host, consumer, handler, confluent_kafka, postgres, kafka, .. } = &self.setting;
-        let Setting { events, orders, partitions, batch_records, .. } = &self.setting;
+    /// With a warning for each ratio that says little.
+    pub(super) fn section(&self) -> Result<Section> {
+        let Setting { handler, confluent_kafka, events, orders, partitions, batch_records, .. } =
+            &self.setting;
+        let title = format!("{handler} applies {events} events of {orders} orders that are in the topic");
+        let mut section = Section::of("consumer", title, self)?;
+        section.notes.push(format!(
+            "{partitions} partitions, at most {batch_records} events to a transaction, {} rounds interleaved: medians, and the extremes; Postgres with {}; CPU in seconds per million events: of the process, its Postgres backends, the broker",
+            self.runs.consumer.len(),
+            self.setting.postgres_settings.join(", ")
+        ));
+        section.notes.push(format!(
+            "sql copies the rows that the consumer left, each once, whereas the consumer writes an order by each event; both by Postgres's Unix socket; {confluent_kafka} reads and does nothing"
+        ));
+        section.table =
+            head(["ARM", "EVENTS/S", "FROM TO", "EVENTS/TX", "CPU", "POSTGRES", "BROKER", "PEAK MIB"]);
+        let Runs { consumer, sql, confluent_kafka } = &self.runs;
+        let mut bars = Vec::new();
+        for (arm, runs) in [("consumer", consumer), ("sql", sql), ("confluent-kafka", confluent_kafka)] {
+            section.table.extend(cells(arm, runs, *events));
+            if let Some(rate) = Spread::of(runs.iter().map(|run| run.events_per_second)) {
+                let label = format!("{:.1}k", rate.median / 1e3);
+                bars.push(Bar { name: arm.to_owned(), parts: vec![rate.median], spread: Some(rate), label });
+            }
+        }
+        section.charts.push(Chart { title: "Events a second".into(), bars });
+        for (arm, ratio) in [("sql", self.ratio_to_sql), ("confluent-kafka", self.ratio_to_confluent_kafka)] {
+            let Spread { median, min, max } = ratio;
+            section
+                .findings
+                .push(format!("ratio of the consumer to {arm}: {median:.2} ({min:.2} to {max:.2})"));
+            if ratio.relative() > SPREAD_LIMIT {
+                section.warnings.push(format!(
+                    "the ratio to {arm} spreads by {:.0} % of its median, so it says little; try again on a quiet machine, with more --rounds or more --events",
+                    ratio.relative() * 100.0
+                ));
+            }
+        }
         let First { tries, waiting, starting } = &self.first_event_seconds;
-        let ratio = |s: &Spread| format!("{:.2} ({:.2} to {:.2})", s.median, s.min, s.max);
-        let mut lines = vec![
-            format!(
-                "{consumer} with {handler} on PostgreSQL {postgres} and Kafka {kafka}, beside SQL and {confluent_kafka}"
-            ),
-            host.line(),
-            format!(
-                "{events} events of {orders} orders in {partitions} partitions, at most {batch_records} to a transaction, {} \
-                 rounds interleaved; one broker; Postgres with {}",
-                self.runs.consumer.len(),
-                self.setting.postgres_settings.join(", ")
-            ),
-            "medians, and the extremes; CPU in seconds per million events: of the process, its Postgres backends, the broker"
-                .to_owned(),
-            "sql copies the rows that the consumer left, each once, whereas the consumer writes an order by each event; both by \
-             Postgres's Unix socket"
-                .to_owned(),
-            String::new(),
-            self.table(),
-            String::new(),
-            format!("ratio of the consumer to sql: {}", ratio(&self.ratio_to_sql)),
-            format!("ratio of the consumer to confluent-kafka: {}", ratio(&self.ratio_to_confluent_kafka)),
-        ];
         for (what, seconds) in [
             ("a group that waits on the empty topic, from the write", waiting),
             ("a group that starts after it was written, from the start", starting),
         ] {
-            lines.push(format!(
+            section.findings.push(format!(
                 "first event of a new topic, {what}: {:.3} s, at most {:.3} s, of {tries} tries",
                 seconds.median, seconds.max
             ));
         }
-        lines.extend(self.warnings.iter().map(|warning| format!("warning: {warning}")));
-        lines.join("\n")
-    }
-
-    fn table(&self) -> String {
-        let head = ["ARM", "EVENTS/S", "FROM TO", "EVENTS/TX", "CPU", "POSTGRES", "BROKER", "PEAK MIB"];
-        let mut rows = vec![head.map(str::to_owned).to_vec()];
-        let Runs { consumer, sql, confluent_kafka } = &self.runs;
-        for (arm, runs) in [("consumer", consumer), ("sql", sql), ("confluent-kafka", confluent_kafka)] {
-            rows.extend(cells(arm, runs, self.setting.events));
-        }
-        table(&rows)
+        Ok(section)
     }
 }
 
@@ -186,12 +170,8 @@ mod tests {
         let runs =
             Runs { consumer: runs([2.0, 8.0]), sql: runs([1.0, 4.0]), confluent_kafka: runs([0.2, 1.6]) };
         let setting = Setting {
-            host: Host::look(),
-            consumer: String::new(),
             handler: String::new(),
             confluent_kafka: "",
-            postgres: String::new(),
-            kafka: String::new(),
             postgres_settings: Vec::new(),
             events: 1000,
             orders: 250,
@@ -200,11 +180,12 @@ mod tests {
         };
         let spread = Spread { median: 0.1, min: 0.1, max: 0.1 };
         let first = First { tries: 1, waiting: spread, starting: spread };
-        let report = Report::new(setting, runs, first, Vec::new()).unwrap();
+        let report = Report::new(setting, runs, first).unwrap();
         assert!((report.ratio_to_sql.min - 0.5).abs() < 1e-9 && (report.ratio_to_sql.max - 0.5).abs() < 1e-9);
         assert!((report.ratio_to_confluent_kafka.max - 0.2).abs() < 1e-9);
-        assert_eq!(report.warnings.len(), 1, "{:?}", report.warnings);
-        let text = report.text();
+        let section = report.section().unwrap();
+        assert_eq!(section.warnings.len(), 1, "{:?}", section.warnings);
+        let text = section.text();
         assert!(text.contains("ratio of the consumer to sql: 0.50 (0.50 to 0.50)"), "{text}");
     }
 }
