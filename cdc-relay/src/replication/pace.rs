@@ -1,12 +1,12 @@
 //! Reader pacing.
 //!
-//! Postgres' walsender flushes once per message, so a reader that takes every byte at once makes it pay a system
-//! call and a wake-up per row. One that naps for a moment whenever it has drained the socket lets the server gather
-//! rows into its next write. A quiet stream is not paced: after the nap that follows the last row the reader blocks.
+//! Postgres' walsender sends every message at once, whatever the reader does: a system call and a way through the network stack each
+//! and, where the reader waits for it, a wake-up. A reader that naps for a moment whenever it has drained the socket saves the
+//! wake-ups, and many reads of its own. A quiet stream is not paced: after the nap that follows the last row the reader blocks.
 
 use std::time::Duration;
 
-/// Long enough for the server to gather rows into one write, short enough not to leave its socket full.
+/// Long enough for several rows to arrive, short enough to cost a row that comes alone nothing that counts.
 const NAP: Duration = Duration::from_micros(200);
 
 /// When to nap. One belongs to each stream.
