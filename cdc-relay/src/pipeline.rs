@@ -349,7 +349,7 @@ impl Session<'_> {
             match event {
                 None => {
                     if !self.stream.fill()? {
-                        return Ok(self.pace.drained());
+                        return Ok(self.pace.drained(self.stream.behind()));
                     }
                     now = self.now();
                 }
@@ -377,7 +377,7 @@ impl Session<'_> {
         let now = self.now();
         for _ in 0..EVENTS_PER_ROUND {
             let Some(event) = self.stream.next_event()? else {
-                return Ok(self.stream.fill()? || self.pace.drained());
+                return Ok(self.stream.fill()? || self.pace.drained(self.stream.behind()));
             };
             let asks = matches!(event, Event::Keepalive { reply_requested: true, .. });
             if matches!(event, Event::Wal { .. }) {

@@ -154,7 +154,7 @@ impl<'a> Reading<'a> {
     fn run(mut self) -> Result<Measured, Error> {
         while !self.is_done() {
             self.feed_back()?;
-            if !self.read()? && !self.pace.drained() {
+            if !self.read()? && !self.pace.drained(self.stream.behind()) {
                 let left = self.relay.next_deadline().saturating_sub(self.started.elapsed());
                 wait::for_socket(self.stream.fd(), self.stream.wants_write(), left);
             }

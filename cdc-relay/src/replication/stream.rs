@@ -36,6 +36,7 @@ pub(crate) enum Event<'a> {
 #[derive(Debug)]
 pub(crate) struct ReplicationStream {
     wire: Wire,
+    behind: Duration,
     /// Where the server is.
     pub(crate) place: Place,
     /// Its process that holds the slot for us, as `pg_replication_slots.active_pid` has it.
@@ -77,7 +78,7 @@ impl ReplicationStream {
             }
         }
         wire.set_nonblocking().map_err(io)?;
-        Ok((Self { wire, place, pid }, system))
+        Ok((Self { wire, behind: Duration::ZERO, place, pid }, system))
     }
 
     /// The next event that was read, or None when more has to be [read](Self::fill).
@@ -95,9 +96,19 @@ impl ReplicationStream {
             }
         }
         match self.wire.next_frame().map_err(|e| stream_failed(&e))? {
-            Some((_, body)) => copy_data(body).map(Some),
+            Some((_, body)) => {
+                if let Some(behind) = behind(body) {
+                    self.behind = behind;
+                }
+                copy_data(body).map(Some)
+            }
             None => Ok(None),
         }
+    }
+
+    /// How long the last transaction that began had been committed when the server sent it.
+    pub(crate) fn behind(&self) -> Duration {
+        self.behind
     }
 
     /// Reads once, without waiting. Whether there was anything.
@@ -223,6 +234,17 @@ fn copy_data(body: &[u8]) -> Result<Event<'_>, Error> {
     }
 }
 
+/// Of a transaction's beginning: the server's time of sending less that of the commit. None of anything else
+/// (<https://www.postgresql.org/docs/current/protocol-logicalrep-message-formats.html>, Begin).
+fn behind(body: &[u8]) -> Option<Duration> {
+    let time = |at: usize| Some(i64::from_be_bytes(*body.get(at..)?.first_chunk()?));
+    if body.first() != Some(&b'w') || body.get(25) != Some(&b'B') {
+        return None;
+    }
+    let us = time(17)?.saturating_sub(time(34)?);
+    Some(Duration::from_micros(u64::try_from(us).unwrap_or(0)))
+}
+
 /// A standby status update that asks for a reply, as a `CopyData` message.
 fn put_status(out: &mut bytes::BytesMut, status: StatusUpdate) {
     out.extend_from_slice(b"d\0\0\0\x26r");
@@ -258,6 +280,22 @@ mod tests {
         put_status(&mut out, StatusUpdate { received: Lsn(2), confirmed: Lsn(1) });
         assert_eq!(out.len(), 1 + 0x26);
         assert_eq!(&out[6..22], [2_u64.to_be_bytes(), 1_u64.to_be_bytes()].concat());
+    }
+
+    #[test]
+    fn how_far_behind_a_transaction_is_stands_in_its_beginning() {
+        let begin = |kind: u8, sent: i64, committed: i64| {
+            let (places, sent, committed) = ([0; 16], sent.to_be_bytes(), committed.to_be_bytes());
+            [&b"w"[..], &places, &sent, &[kind], &[0; 8], &committed, &[0; 4]].concat()
+        };
+        assert_eq!(behind(&begin(b'B', 5_000_007, 5)), Some(Duration::from_micros(5_000_002)));
+        assert_eq!(behind(&begin(b'B', 5, 7)), Some(Duration::ZERO), "a clock was put back");
+        assert_eq!(behind(&begin(b'B', i64::MIN, i64::MAX)), Some(Duration::ZERO));
+        assert_eq!(behind(&begin(b'C', 7, 5)), None, "an end");
+        let whole = begin(b'B', 7, 5);
+        for cut in 0..42 {
+            assert_eq!(behind(&whole[..cut]), None, "after {cut} bytes");
+        }
     }
 
     #[test]

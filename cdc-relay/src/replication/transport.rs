@@ -26,6 +26,10 @@ pub(crate) enum Transport {
 /// A peer that is gone is noticed after this long without an answer, whatever the kernel's defaults.
 const PEER_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// The kernel doubles it for its own needs. Several of the loopback's segments of 64 KiB have to fit, or the peer waits for
+/// each acknowledgement.
+const LOCAL_WINDOW_BYTES: usize = 256 * 1024;
+
 impl Transport {
     /// Connects, and gives up after `timeout`.
     pub(super) fn connect(place: &Place, timeout: Duration) -> io::Result<Self> {
@@ -38,6 +42,10 @@ impl Transport {
 
     fn tuned(stream: TcpStream) -> io::Result<Self> {
         stream.set_nodelay(true)?;
+        // A peer on this host needs no room for what is on its way, and a window that can fill is what pacing is for.
+        if stream.peer_addr()?.ip() == stream.local_addr()?.ip() {
+            sockopt::set_socket_recv_buffer_size(&stream, LOCAL_WINDOW_BYTES)?;
+        }
         sockopt::set_socket_keepalive(&stream, true)?;
         sockopt::set_tcp_keepidle(&stream, Duration::from_secs(10))?;
         sockopt::set_tcp_keepintvl(&stream, Duration::from_secs(5))?;
