@@ -13,6 +13,7 @@ mod history;
 mod known;
 mod letter;
 mod partition;
+mod poller;
 mod refusal;
 mod reports;
 mod size;
@@ -24,11 +25,7 @@ mod trust;
 
 use std::{
     collections::HashMap,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    thread::JoinHandle,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -54,6 +51,7 @@ use self::{
     first::{Firsts, Turn},
     known::Known,
     partition::Partitioner,
+    poller::Poller,
     refusal::{Failed, is_broken, poison, refused},
     reports::{CHECKPOINT, Context, REPLAYED, opaque, ticket_of},
     topics::{Lookup, Topic},
@@ -67,8 +65,6 @@ use crate::{
     wait::Waker,
 };
 
-/// How long one poll of librdkafka may last; a stop waits as long.
-const POLL: Duration = Duration::from_millis(100);
 /// How long after a producer broke its reports may take to say why.
 const CAUSE_GRACE: Duration = Duration::from_millis(300);
 /// How long a broker may take to show that it lets us in after all.
@@ -132,8 +128,7 @@ pub(crate) struct Producer {
     config: KafkaConfig,
     batch: Batch,
     compresses: bool,
-    closing: Arc<AtomicBool>,
-    poller: Option<JoinHandle<()>>,
+    poller: Poller,
     topics: HashMap<String, Known>,
     lookup: Lookup,
     /// None: with transactions, of which a failed one is not seen.
@@ -171,15 +166,8 @@ impl Producer {
         }
         let context = Context::new(waker, metrics);
         let inner: BaseProducer<Context> = client.create_with_context(context).map_err(|e| not_taken(&e))?;
-        let (inner, closing) = (Arc::new(inner), Arc::new(AtomicBool::new(false)));
-        let (polled, stop) = (Arc::clone(&inner), Arc::clone(&closing));
-        let poll = move || {
-            while !stop.load(Ordering::Relaxed) {
-                polled.poll(POLL);
-            }
-        };
-        let poller = std::thread::Builder::new().name("kafka-poll".into()).spawn(poll);
-        let poller = poller.map_err(|e| Error::new(Kind::Internal, format!("cannot start a thread: {e}")))?;
+        let inner = Arc::new(inner);
+        let poller = Poller::start(Arc::clone(&inner))?;
         let lookup = Lookup::start(Arc::clone(&inner), for_lookup)?;
         let coordinator = match transactional {
             Some(own) => Some((Coordinator::start(Arc::clone(&inner), own.id.clone())?, own)),
@@ -193,8 +181,7 @@ impl Producer {
             config: config.clone(),
             batch,
             compresses: compresses(config),
-            closing,
-            poller: Some(poller),
+            poller,
             topics: HashMap::new(),
             lookup,
             asked: None,
@@ -317,6 +304,7 @@ impl Producer {
         (message.key, message.payload, message.partition) = (record.key, record.value, record.partition);
         match self.inner.send(message) {
             Ok(()) => {
+                self.poller.sent();
                 if faults::has(Fault::ConfirmOnEnqueue) {
                     self.inner.context().reports().acknowledged.push(ticket_of(opaque));
                 }
@@ -353,7 +341,9 @@ impl Producer {
                 return self.why_it_failed();
             }
             refused(&Failed { code, topic: entry.topic.clone(), identity: None })
-        })
+        })?;
+        self.poller.sent();
+        Ok(())
     }
 
     /// Writes the checkpoint as nobody should: beside the transaction, and waits for it.
@@ -409,11 +399,6 @@ impl Drop for Producer {
     fn drop(&mut self) {
         // Nothing more is to be sent while the poller ends.
         self.inner.purge(PurgeConfig::default().queue().inflight());
-        self.closing.store(true, Ordering::Relaxed);
-        if let Some(poller) = self.poller.take() {
-            // It cannot panic, and if it did there would be nothing to do about it here.
-            let _ = poller.join();
-        }
     }
 }
 
