@@ -83,7 +83,7 @@ pub(super) fn pgbench() -> Result<PathBuf> {
 /// Runs the scenario; its servers are gone when it returns.
 pub(super) async fn api(args: &cli::ApiBench, document: &mut Document, progress: &Progress) -> Result<()> {
     let pgbench = pgbench()?;
-    if !args.no_build {
+    if !args.setup.no_build {
         services::build(&Layout::open(None)?, progress)?;
     }
     let binary = services::binary("order-api")?;
@@ -92,8 +92,8 @@ pub(super) async fn api(args: &cli::ApiBench, document: &mut Document, progress:
     document.busy();
     // What is answered is on the disk: without it, no order is safe.
     let mut settings = vec![("fsync".to_owned(), "on".to_owned())];
-    settings.extend(args.postgres_set.iter().cloned());
-    let (servers, mut stack) = Servers::start(args.postgres, &settings, progress).await?;
+    settings.extend(args.setup.postgres_set.iter().cloned());
+    let (servers, mut stack) = Servers::start(args.setup.postgres, &settings, progress).await?;
     let bench = Bench { args, servers: &servers, binary, pgbench };
     let result = tokio::select! {
         result = bench.rounds() => result,

@@ -21,7 +21,7 @@ use uuid::Uuid;
 use super::{
     document::{Document, version},
     load::Paced,
-    numbers::{Spread, per_mille},
+    numbers::{Percentiles, Spread},
     plot::{Bar, Chart},
     section::{Section, head},
     servers::{Servers, connect},
@@ -63,26 +63,14 @@ struct Round {
 #[derive(Debug, Clone, Serialize)]
 struct Stage {
     name: String,
-    count: usize,
-    p50_us: u32,
-    p95_us: u32,
-    p99_us: u32,
-    p999_us: u32,
-    max_us: u32,
+    #[serde(flatten)]
+    took: Percentiles,
 }
 
 impl Stage {
     fn of(name: &str, mut took: Vec<u32>) -> Self {
         took.sort_unstable();
-        Self {
-            name: name.to_owned(),
-            count: took.len(),
-            p50_us: per_mille(&took, 500),
-            p95_us: per_mille(&took, 950),
-            p99_us: per_mille(&took, 990),
-            p999_us: per_mille(&took, 999),
-            max_us: took.last().copied().unwrap_or(0),
-        }
+        Self { name: name.to_owned(), took: Percentiles::of(&took) }
     }
 }
 
@@ -267,21 +255,21 @@ fn section(args: &cli::EndToEnd, rounds: &[Round]) -> Result<Section> {
         let mut bars = Vec::new();
         for stage in stages {
             let ms = |us: u32| format!("{:.1}", f64::from(us) / 1e3);
-            let lost = orders.saturating_sub(stage.count as u64);
+            let lost = orders.saturating_sub(stage.took.count as u64);
             section.table.push(vec![
                 orders_per_second.to_string(),
                 stage.name.clone(),
-                ms(stage.p50_us),
-                ms(stage.p95_us),
-                ms(stage.p99_us),
-                ms(stage.p999_us),
-                ms(stage.max_us),
+                ms(stage.took.p50_us),
+                ms(stage.took.p95_us),
+                ms(stage.took.p99_us),
+                ms(stage.took.p999_us),
+                ms(stage.took.max_us),
                 lost.to_string(),
             ]);
             if lost > 0 {
                 section.failures.push(format!("{lost} of {orders} orders were never {}", stage.name));
             }
-            let p99 = f64::from(stage.p99_us) / 1e3;
+            let p99 = f64::from(stage.took.p99_us) / 1e3;
             let label = format!("{p99:.1} ms");
             bars.push(Bar { name: stage.name.clone(), parts: vec![p99], spread: None::<Spread>, label });
         }

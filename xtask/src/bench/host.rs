@@ -14,6 +14,8 @@ pub(super) struct Host {
     processors: usize,
     memory_mib: u64,
     kernel: String,
+    /// How the kernel paces TCP, on loopback too.
+    congestion_control: String,
 }
 
 impl Host {
@@ -31,12 +33,14 @@ impl Host {
             processors: processors(),
             memory_mib: kib.unwrap_or(0) / 1024,
             kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
+            congestion_control: read("/proc/sys/net/ipv4/tcp_congestion_control").trim().to_owned(),
         }
     }
 
     /// In one line.
     pub(super) fn line(&self) -> String {
-        format!("{} × {}, {} MiB, kernel {}", self.processors, self.processor, self.memory_mib, self.kernel)
+        let Self { processor, processors, memory_mib, kernel, congestion_control } = self;
+        format!("{processors} × {processor}, {memory_mib} MiB, kernel {kernel}, TCP by {congestion_control}")
     }
 }
 

@@ -94,33 +94,33 @@ pub(crate) async fn bench(command: &cli::Bench) -> Result<()> {
         Some(Scenario::Drain(args)) => {
             let all = if args.workload.is_empty() { &Workload::ALL[..] } else { &args.workload };
             publishers(&args.publishing, &[Task::Drain(all)], out, progress).await?;
-            ("drain", args.publishing.json)
+            ("drain", args.publishing.setup.json)
         }
         Some(Scenario::Steady(args)) => {
             let task = Task::Steady { rates: &args.rate, highest: args.highest };
             publishers(&args.publishing, &[task], out, progress).await?;
-            ("steady", args.publishing.json)
+            ("steady", args.publishing.setup.json)
         }
         Some(Scenario::Idle(args)) => {
             publishers(args, &[Task::Idle], out, progress).await?;
-            ("idle", args.json)
+            ("idle", args.setup.json)
         }
         Some(Scenario::Bigtx(args)) => {
             publishers(args, &[Task::Bigtx], out, progress).await?;
-            ("bigtx", args.json)
+            ("bigtx", args.setup.json)
         }
         Some(Scenario::Restart(args)) => {
             publishers(args, &[Task::Restart], out, progress).await?;
-            ("restart", args.json)
+            ("restart", args.setup.json)
         }
         Some(Scenario::DropIn(args)) => {
             publishers(&cli::Publishing { peers: true, ..args.clone() }, &[Task::DropIn], out, progress)
                 .await?;
-            ("drop-in", args.json)
+            ("drop-in", args.setup.json)
         }
         Some(Scenario::Pacing(args)) => {
             publishers(args, &[Task::Pacing], out, progress).await?;
-            ("pacing", args.json)
+            ("pacing", args.setup.json)
         }
         Some(Scenario::Gate(args)) => {
             publishers(&args.publishing(), &[Task::Gate { update: args.update }], out, progress).await?;
@@ -132,11 +132,11 @@ pub(crate) async fn bench(command: &cli::Bench) -> Result<()> {
         }
         Some(Scenario::Api(args)) => {
             api::api(args, out, progress).await?;
-            ("api", args.json)
+            ("api", args.setup.json)
         }
         Some(Scenario::Consumer(args)) => {
             consumer::consumer(args, out, progress).await?;
-            ("consumer", args.json)
+            ("consumer", args.setup.json)
         }
     };
     document.finish(name, json, progress)
@@ -181,7 +181,7 @@ async fn publishers(
     if let Some(against) = args.against.as_ref().filter(|path| !path.is_file()) {
         return Err(Failure::new(format!("there is no {}", against.display())));
     }
-    if !args.no_build {
+    if !args.setup.no_build {
         services::build(&Layout::open(None)?, progress)?;
     }
     publishers_with(&Arms::new(args, progress)?, args, tasks, document, progress).await
@@ -195,7 +195,8 @@ async fn publishers_with(
     progress: &Progress,
 ) -> Result<()> {
     document.busy();
-    let (servers, mut stack) = Servers::start(args.postgres, &args.postgres_set, progress).await?;
+    let (servers, mut stack) =
+        Servers::start(args.setup.postgres, &args.setup.postgres_set, progress).await?;
     document.version(version(&arms.relay)?);
     document.version(format!("PostgreSQL {}", servers.postgres_version));
     document.version(format!("Kafka {}", servers.kafka_version));
@@ -205,7 +206,7 @@ async fn publishers_with(
     }
     let own = SETTINGS.iter().map(|(name, value)| format!("{name}={value}"));
     document.postgres_settings =
-        own.chain(args.postgres_set.iter().map(|(name, value)| format!("{name}={value}"))).collect();
+        own.chain(args.setup.postgres_set.iter().map(|(name, value)| format!("{name}={value}"))).collect();
     let maintenance = stack.endpoints().postgres_superuser;
     let bench = Bench {
         servers: &servers,

@@ -49,6 +49,31 @@ pub(super) fn per_mille(sorted: &[u32], count: usize) -> u32 {
     sorted.get(index).copied().unwrap_or(0)
 }
 
+/// How long something took, in microseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub(super) struct Percentiles {
+    pub(super) count: usize,
+    pub(super) p50_us: u32,
+    pub(super) p95_us: u32,
+    pub(super) p99_us: u32,
+    pub(super) p999_us: u32,
+    pub(super) max_us: u32,
+}
+
+impl Percentiles {
+    /// Of sorted times; all 0 of none.
+    pub(super) fn of(sorted: &[u32]) -> Self {
+        Self {
+            count: sorted.len(),
+            p50_us: per_mille(sorted, 500),
+            p95_us: per_mille(sorted, 950),
+            p99_us: per_mille(sorted, 990),
+            p999_us: per_mille(sorted, 999),
+            max_us: sorted.last().copied().unwrap_or(0),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

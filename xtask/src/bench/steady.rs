@@ -10,7 +10,7 @@ use serde::Serialize;
 use super::{
     Bench,
     contents::Loss,
-    numbers::{Spread, per_mille},
+    numbers::{Percentiles, Spread, per_mille},
     plot::{Bar, Chart},
     publisher::Publisher,
     section::{Section, head},
@@ -37,16 +37,12 @@ const TRIED_LAST: u32 = 128_000;
 /// So close the highest rate is looked for.
 const PRECISION: u32 = 2_000;
 
-/// Times from when a row was due to be committed until a consumer had it, in microseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 struct Latency {
     rows_per_second: u32,
-    count: usize,
-    p50_us: u32,
-    p95_us: u32,
-    p99_us: u32,
-    p999_us: u32,
-    max_us: u32,
+    /// From when a row was due to be committed until a consumer had it.
+    #[serde(flatten)]
+    took: Percentiles,
     /// Of one processor, by the publisher and by the broker.
     cpu_percent: f64,
     broker_cpu_percent: f64,
@@ -131,12 +127,7 @@ async fn at(trial: &mut Trial<'_>, rate: u32, rows: u64) -> Result<Latency> {
     took.sort_unstable();
     Ok(Latency {
         rows_per_second: rate,
-        count: took.len(),
-        p50_us: per_mille(&took, 500),
-        p95_us: per_mille(&took, 950),
-        p99_us: per_mille(&took, 990),
-        p999_us: per_mille(&took, 999),
-        max_us: took.last().copied().unwrap_or(0),
+        took: Percentiles::of(&took),
         cpu_percent: (after.0 - before.0) * 100.0 / seconds,
         broker_cpu_percent: (after.1 - before.1) * 100.0 / seconds,
         first_half_us,
@@ -154,7 +145,7 @@ impl Highest {
 
 impl Latency {
     fn lasts(&self) -> bool {
-        self.p99_us <= LASTS_US && self.last_tenth_us <= self.first_half_us + GROWTH_US
+        self.took.p99_us <= LASTS_US && self.last_tenth_us <= self.first_half_us + GROWTH_US
     }
 }
 
@@ -209,18 +200,18 @@ fn section(bench: &Bench<'_>, rates: &[u32], rounds: &[Round]) -> Result<Section
             };
             let ms = |of: fn(&Latency) -> u32| spread(&|latency| f64::from(of(latency)) / 1e3);
             let median = |of| ms(of).map(|spread| format!("{:.1}", spread.median));
-            let p99 = ms(|it| it.p99_us)?;
+            let p99 = ms(|it| it.took.p99_us)?;
             let highest = own.iter().find_map(|round| round.highest);
             let sum = |of: fn(Loss) -> u64| own.iter().map(|round| of(round.loss)).sum::<u64>().to_string();
             section.table.push(vec![
                 arm.to_owned(),
                 rate.to_string(),
-                median(|it| it.p50_us)?,
-                median(|it| it.p95_us)?,
+                median(|it| it.took.p50_us)?,
+                median(|it| it.took.p95_us)?,
                 format!("{:.1}", p99.median),
                 format!("{:.1} to {:.1}", p99.min, p99.max),
-                median(|it| it.p999_us)?,
-                format!("{:.1}", ms(|it| it.max_us)?.max),
+                median(|it| it.took.p999_us)?,
+                format!("{:.1}", ms(|it| it.took.max_us)?.max),
                 format!("{:.1}", spread(&|it| it.cpu_percent)?.median),
                 format!("{:.1}", spread(&|it| it.broker_cpu_percent)?.median),
                 highest.map_or_else(|| "-".to_owned(), Highest::cell),

@@ -90,12 +90,9 @@ impl All {
             rounds: self.rounds,
             rows_factor: self.rows_factor,
             delivery: Deliveries::Both,
-            postgres: self.postgres,
-            postgres_set: Vec::new(),
             peers: true,
             against: None,
-            json: self.json,
-            no_build: self.no_build,
+            setup: self.setup(self.no_build),
         }
     }
 
@@ -106,32 +103,23 @@ impl All {
     }
 
     pub(crate) fn api(&self) -> ApiBench {
-        let Self { rounds, postgres, json, .. } = *self;
         let seconds = self.scaled(SECONDS);
-        ApiBench {
-            connections: 32,
-            seconds,
-            rounds,
-            postgres,
-            postgres_set: Vec::new(),
-            json,
-            no_build: true,
-        }
+        ApiBench { connections: 32, seconds, rounds: self.rounds, setup: self.setup(true) }
     }
 
     pub(crate) fn consumer(&self) -> ConsumerBench {
-        let Self { rounds, postgres, json, .. } = *self;
         ConsumerBench {
             events: self.scaled(EVENTS),
-            rounds,
+            rounds: self.rounds,
             partitions: 6,
             handler: OrderHandler::Pharmacy,
             batch_records: None,
-            postgres,
-            postgres_set: Vec::new(),
-            json,
-            no_build: true,
+            setup: self.setup(true),
         }
+    }
+
+    fn setup(&self, no_build: bool) -> Setup {
+        Setup { postgres: self.postgres, postgres_set: Vec::new(), json: self.json, no_build }
     }
 
     fn scaled(&self, number: u64) -> u64 {
@@ -183,12 +171,14 @@ impl Gate {
             rounds: self.rounds,
             rows_factor: 1.0,
             delivery: Deliveries::AtLeastOnce,
-            postgres: Postgres::V18,
-            postgres_set: Vec::new(),
             peers: false,
             against: None,
-            json: self.json,
-            no_build: self.no_build,
+            setup: Setup {
+                postgres: Postgres::V18,
+                postgres_set: Vec::new(),
+                json: self.json,
+                no_build: self.no_build,
+            },
         }
     }
 }
@@ -229,18 +219,8 @@ pub(crate) struct ConsumerBench {
     /// The most events of one transaction [default: the consumer's own]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=100_000))]
     pub batch_records: Option<u64>,
-    /// The version of Postgres
-    #[arg(long, value_enum, default_value = "18")]
-    pub postgres: Postgres,
-    /// A Postgres setting, e.g. `synchronous_commit=off`; repeatable
-    #[arg(long, value_name = "NAME=VALUE", value_parser = setting)]
-    pub postgres_set: Vec<(String, String)>,
-    /// Print the numbers as JSON on standard output
-    #[arg(long)]
-    pub json: bool,
-    /// Take the consumer's binary as it is
-    #[arg(long, env = NO_BUILD)]
-    pub no_build: bool,
+    #[command(flatten)]
+    pub setup: Setup,
 }
 
 /// A handler that applies order events.
@@ -268,18 +248,8 @@ pub(crate) struct ApiBench {
     /// How often the two take turns
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
     pub rounds: u32,
-    /// The version of Postgres
-    #[arg(long, value_enum, default_value = "18")]
-    pub postgres: Postgres,
-    /// A Postgres setting, e.g. `synchronous_commit=off`; repeatable
-    #[arg(long, value_name = "NAME=VALUE", value_parser = setting)]
-    pub postgres_set: Vec<(String, String)>,
-    /// Print the numbers as JSON on standard output
-    #[arg(long)]
-    pub json: bool,
-    /// Take the API's binary as it is
-    #[arg(long, env = NO_BUILD)]
-    pub no_build: bool,
+    #[command(flatten)]
+    pub setup: Setup,
 }
 
 #[derive(Debug, Clone, Args)]
@@ -304,12 +274,6 @@ pub(crate) struct Publishing {
     /// relay's other settings are those of its environment variables, `CDC_RELAY_…`
     #[arg(long, value_enum, value_name = "WHAT", default_value = "at-least-once")]
     pub delivery: Deliveries,
-    /// The version of Postgres
-    #[arg(long, value_enum, default_value = "18")]
-    pub postgres: Postgres,
-    /// A Postgres setting, e.g. `wal_sender_timeout=10s`; repeatable
-    #[arg(long, value_name = "NAME=VALUE", value_parser = setting)]
-    pub postgres_set: Vec<(String, String)>,
     /// Beside it Debezium Server, at its defaults and tuned (fetched once, 780 MB; needs Java 21), a publisher that polls the
     /// table, and a producer that has all records at hand
     #[arg(long)]
@@ -317,10 +281,23 @@ pub(crate) struct Publishing {
     /// Another build of cdc-relay, which is measured beside the one of this repository
     #[arg(long, value_name = "FILE")]
     pub against: Option<PathBuf>,
+    #[command(flatten)]
+    pub setup: Setup,
+}
+
+/// The servers and binaries that are measured, and how the numbers are told.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Setup {
+    /// The version of Postgres
+    #[arg(long, value_enum, default_value = "18")]
+    pub postgres: Postgres,
+    /// A Postgres setting, e.g. `synchronous_commit=off`; repeatable
+    #[arg(long, value_name = "NAME=VALUE", value_parser = setting)]
+    pub postgres_set: Vec<(String, String)>,
     /// Print the numbers as JSON on standard output
     #[arg(long)]
     pub json: bool,
-    /// Take the relay's binary as it is
+    /// Take the services' binaries as they are
     #[arg(long, env = NO_BUILD)]
     pub no_build: bool,
 }

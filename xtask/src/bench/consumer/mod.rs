@@ -56,7 +56,7 @@ pub(super) async fn consumer(
     progress: &Progress,
 ) -> Result<()> {
     let python = install(progress)?;
-    if !args.no_build {
+    if !args.setup.no_build {
         services::build(&Layout::open(None)?, progress)?;
     }
     let binary = services::binary("consumer")?;
@@ -65,8 +65,8 @@ pub(super) async fn consumer(
     document.busy();
     // An offset is committed after the rows are on the disk: without it, no event is safe.
     let mut settings = vec![("fsync".to_owned(), "on".to_owned())];
-    settings.extend(args.postgres_set.iter().cloned());
-    let (servers, mut stack) = Servers::start(args.postgres, &settings, progress).await?;
+    settings.extend(args.setup.postgres_set.iter().cloned());
+    let (servers, mut stack) = Servers::start(args.setup.postgres, &settings, progress).await?;
     let events = Events { count: args.events, partitions: args.partitions };
     let bench = Bench { args, servers: &servers, binary, events, batch_records };
     let result = tokio::select! {
