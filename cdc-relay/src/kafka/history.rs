@@ -1,9 +1,6 @@
 //! A topic read from its beginning to its end, or record by record, without a consumer group.
 
-use std::{
-    collections::{BTreeMap, HashSet},
-    time::Duration,
-};
+use std::{collections::BTreeMap, time::Duration};
 
 use rdkafka::{
     Message as _, Offset, TopicPartitionList,
@@ -81,10 +78,9 @@ impl History {
         mut take: impl FnMut(&BorrowedMessage<'_>) -> Result<(), Error>,
     ) -> Result<(), Error> {
         self.cursor = None;
-        self.wait_for_transactions(patience)?;
+        let mut ends = self.wait_for_transactions(patience)?;
         self.assign(self.next.iter().map(|(partition, offset)| (*partition, *offset)))?;
-        let mut open: HashSet<i32> = self.next.keys().copied().collect();
-        while !open.is_empty() {
+        while !ends.is_empty() {
             patience()?;
             match self.consumer.poll(POLL) {
                 None => {}
@@ -93,7 +89,14 @@ impl History {
                     self.next.insert(message.partition(), Offset::Offset(message.offset() + 1));
                 }
                 Some(Err(KafkaError::PartitionEOF(partition))) => {
-                    open.remove(&partition);
+                    let Some(end) = ends.get_mut(&partition) else { continue };
+                    if self.is_at(end, partition, patience)? {
+                        ends.remove(&partition);
+                    } else {
+                        std::thread::sleep(POLL);
+                        // The end is told once only, unless the consumer begins anew.
+                        self.assign(ends.keys().map(|partition| (*partition, self.next[partition])))?;
+                    }
                 }
                 Some(Err(error)) => self.look_at(&error)?,
             }
@@ -101,9 +104,38 @@ impl History {
         Ok(())
     }
 
+    /// Whether the consumer, which was told that the partition ends where it is, has reached the end that was asked for.
+    ///
+    /// A broker that has just become the leader, or one that only follows, does not know yet how far its records are
+    /// committed, and tells of an end before that. Asked where the end is, it gives none until it knows (KIP-207). Then the
+    /// end may come earlier than before: records were deleted, or lost together with the brokers that had them.
+    fn is_at(&self, end: &mut i64, partition: i32, patience: Patience<'_>) -> Result<bool, Error> {
+        let place = self.place(partition);
+        if place >= *end {
+            return Ok(true);
+        }
+        let (beginning, now) = self.watermarks(&self.consumer, partition, patience)?;
+        *end = now.min(*end);
+        let is_at = place.max(beginning) >= *end;
+        if !is_at {
+            tracing::debug!("{} [{partition}] is read to {place} and ends at {end}: reading on", self.topic);
+        }
+        Ok(is_at)
+    }
+
+    /// The offset that comes next; below 0 when nothing came. The consumer counts control records, which are not handed out.
+    fn place(&self, partition: i32) -> i64 {
+        let position = self.consumer.position().ok();
+        let position = position.as_ref().and_then(|all| all.find_partition(&self.topic, partition));
+        let position = position.and_then(|found| found.offset().to_raw());
+        let handed_out = self.next.get(&partition).and_then(|offset| offset.to_raw());
+        position.max(handed_out).unwrap_or(-1)
+    }
+
     /// Waits until what is in the topic now is committed or aborted: behind an open transaction, of whoever, committed
-    /// records cannot be read, and the end of what can be read is not the end.
-    fn wait_for_transactions(&self, patience: Patience<'_>) -> Result<(), Error> {
+    /// records cannot be read, and the end of what can be read is not the end. Where each partition ends.
+    fn wait_for_transactions(&self, patience: Patience<'_>) -> Result<BTreeMap<i32, i64>, Error> {
+        let mut ends = BTreeMap::new();
         let end = |consumer: &BaseConsumer<Quiet>, partition| {
             self.watermarks(consumer, partition, patience).map(|(_, end)| end)
         };
@@ -119,8 +151,9 @@ impl History {
                 }
                 std::thread::sleep(POLL);
             }
+            ends.insert(partition, written);
         }
-        Ok(())
+        Ok(ends)
     }
 
     /// The first offset of each partition that is not deleted.
@@ -235,4 +268,67 @@ pub(super) fn not_allowed(topic: &str) -> Error {
     Error::new(Kind::Refused, format!("Kafka does not allow us to read topic {topic}")).hint(format!(
         "grant it (kafka-acls.sh --add --operation Read --topic {topic} --allow-principal User:…), then start again"
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::{Cell, RefCell};
+
+    use rdkafka::{
+        ClientConfig,
+        mocking::MockCluster,
+        producer::{BaseProducer, BaseRecord, Producer as _},
+        types::RDKafkaApiKey,
+    };
+
+    use super::*;
+
+    const TOPIC: &str = "checkpoints";
+    const COUNT: i64 = 10;
+    /// What the leader takes for the end at first.
+    const LAGS: i64 = 5;
+
+    /// A broker that has records, each a batch of its own.
+    fn broker() -> (MockCluster<'static, rdkafka::producer::DefaultProducerContext>, KafkaConfig) {
+        let cluster = MockCluster::new(1).unwrap();
+        cluster.create_topic(TOPIC, 1, 1).unwrap();
+        let config = KafkaConfig { brokers: cluster.bootstrap_servers(), ..KafkaConfig::default() };
+        let mut producer = ClientConfig::new();
+        producer.set("bootstrap.servers", &config.brokers).set("linger.ms", "0");
+        let producer: BaseProducer = producer.create().unwrap();
+        for n in 0..COUNT {
+            producer.send(BaseRecord::to(TOPIC).key("k").payload(&n.to_be_bytes())).unwrap();
+            producer.flush(Duration::from_secs(60)).unwrap();
+        }
+        (cluster, config)
+    }
+
+    #[test]
+    fn a_leader_that_does_not_know_the_end_yet_is_not_believed() {
+        let (cluster, config) = broker();
+        // The mocked broker tells of an earlier end where it follows, and of no other one in this version of the request.
+        cluster.apiversion(RDKafkaApiKey::Fetch, Some(0), Some(3)).unwrap();
+        cluster.partition_follower(TOPIC, 0, 1).unwrap();
+        cluster.follower_watermarks(TOPIC, 0, None, Some(LAGS)).unwrap();
+        let (seen, asked) = (RefCell::new(Vec::new()), Cell::new(0));
+        let patience = || {
+            // Asked before the end is told, and after it.
+            if seen.borrow().last() == Some(&(LAGS - 1)) {
+                asked.set(asked.get() + 1);
+            }
+            if asked.get() == 2 {
+                cluster.follower_watermarks(TOPIC, 0, None, None).unwrap();
+            }
+            Ok(())
+        };
+        let mut history = History::open(&config, TOPIC, &patience).unwrap().unwrap();
+        let take = |message: &BorrowedMessage<'_>| {
+            seen.borrow_mut().push(message.offset());
+            Ok(())
+        };
+        history.read_on(&patience, take).unwrap();
+        assert_eq!(*seen.borrow(), (0..COUNT).collect::<Vec<_>>());
+        // And nothing more is there.
+        history.read_on(&patience, |message| panic!("{} again", message.offset())).unwrap();
+    }
 }
