@@ -23,7 +23,7 @@ const COLUMNS: [(&str, u32); 7] = [
     ("traceparent", 25),
 ];
 
-fn options() -> Options {
+pub(super) fn options() -> Options {
     Options {
         delivery: Delivery::AtLeastOnce,
         source: source_to("${aggregatetype}-events"),
@@ -43,7 +43,7 @@ fn started(now: Duration) -> Relay {
     relay
 }
 
-fn started_with(options: Options, now: Duration) -> Relay {
+pub(super) fn started_with(options: Options, now: Duration) -> Relay {
     let mut relay = Relay::new(options, Lsn(1), now);
     relay.recall(Past { checkpoint: Lsn(1).into(), ..Past::default() });
     relay.set_listening(true, now);
@@ -61,7 +61,7 @@ fn checkpoint(relay: &mut Relay, now: Duration) -> Option<Lsn> {
     checkpoint.map(|checkpoint| checkpoint.lsn)
 }
 
-fn row(id: &str, headers: Option<&str>) -> Vec<u8> {
+pub(super) fn row(id: &str, headers: Option<&str>) -> Vec<u8> {
     let values = [
         Some(id),
         Some("order"),
@@ -74,7 +74,7 @@ fn row(id: &str, headers: Option<&str>) -> Vec<u8> {
     encode::insert(OUTBOX, &values.map(|v| v.map(str::as_bytes)))
 }
 
-fn feed(relay: &mut Relay, bytes: &[u8]) -> Option<Ticket> {
+pub(super) fn feed(relay: &mut Relay, bytes: &[u8]) -> Option<Ticket> {
     relay.handle_wal(Lsn::ZERO, bytes, Duration::ZERO).unwrap().map(|o| o.ticket)
 }
 

@@ -166,3 +166,58 @@ impl Relay {
         acknowledged.max(self.transaction_age(now))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        super::{
+            Delivery as Mode, Options,
+            tests::{feed, options, row, started_with},
+        },
+        *,
+    };
+    use crate::{pgoutput::tests::encode, transactions::Sizes};
+
+    /// Kafka takes the checkpoint, and commits it where it has to be.
+    fn take(relay: &mut Relay, now: Duration) -> Checkpoint {
+        let checkpoint = relay.take_checkpoint(now).unwrap();
+        assert_eq!(relay.take_checkpoint(now + RENEWAL_INTERVAL), None, "one at a time");
+        relay.handle_checkpointed();
+        if relay.is_exactly_once() {
+            assert!(relay.take_commit());
+            relay.handle_committed();
+        }
+        checkpoint
+    }
+
+    #[test]
+    fn a_checkpoint_that_says_nothing_new_is_written_again_every_day() {
+        let sizes = Sizes { bytes: 1 << 20, time: Duration::ZERO, split_after: Duration::from_secs(5) };
+        for delivery in [Mode::AtLeastOnce, Mode::ExactlyOnce(sizes)] {
+            let mut relay = started_with(Options { delivery, ..options() }, Duration::ZERO);
+            // The outbox was never written to.
+            assert_eq!(relay.take_checkpoint(RENEWAL_INTERVAL.saturating_sub(CHECKPOINT_INTERVAL)), None);
+            let mut now = RENEWAL_INTERVAL;
+            assert_eq!(take(&mut relay, now), Lsn(1).into());
+            // And no more.
+            feed(&mut relay, &encode::begin(50, 7));
+            let ticket = feed(&mut relay, &row("e1", None)).unwrap();
+            feed(&mut relay, &encode::commit(50, 60, 7));
+            relay.handle_settled(ticket).unwrap();
+            now += CHECKPOINT_INTERVAL;
+            let last = take(&mut relay, now);
+            assert_eq!((last.lsn, last.part), (Lsn(60), None));
+            for day in 1..4 {
+                let due = now + RENEWAL_INTERVAL;
+                assert!(relay.next_deadline() <= due, "nobody would look");
+                assert_eq!(
+                    relay.take_checkpoint(due.saturating_sub(Duration::from_millis(1))),
+                    None,
+                    "day {day}"
+                );
+                assert_eq!(take(&mut relay, due), last, "day {day}: what it says is not lost");
+                now = due;
+            }
+        }
+    }
+}
