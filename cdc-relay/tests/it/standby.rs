@@ -25,6 +25,15 @@ const EXACTLY_ONCE: Delivery =
     Delivery { environment: &[("CDC_RELAY_KAFKA__DELIVERY", "exactly-once")], may_repeat: false };
 
 impl Delivery {
+    /// Asserts what this mode promises of who publishes: one at a time, and at least `least` in turn.
+    fn assert_one_at_a_time(&self, database: &mut Database, least: usize) {
+        if self.may_repeat {
+            return;
+        }
+        let writers = checkpoints::assert_one_writes_at_a_time(database);
+        assert!(writers.len() > least, "{writers:?}, the first of which is init");
+    }
+
     /// Asserts what both modes promise, and that nothing is there twice where that is promised. How many records
     /// were repetitions.
     fn assert(&self, messages: &[OwnedMessage], count: usize) -> usize {
@@ -121,6 +130,7 @@ fn at_once(delivery: &Delivery) {
     relays[1 - first].wait_for_state("standby");
     database.insert(&topic.kind, 1000, 1000);
     assert_eq!(assert_complete_and_ordered(&topic.read(2000), 2000), 0);
+    delivery.assert_one_at_a_time(&mut database, 1);
     for relay in relays {
         relay.stop();
     }
@@ -160,6 +170,7 @@ fn killed(delivery: &Delivery, rounds: usize) {
         "{count} rows, {rounds} kills, {repeated} repeated; at most {slowest_ms} ms until another one published"
     );
     assert_eq!(relays.iter().filter(|relay| relay.is_streaming()).count(), 1);
+    delivery.assert_one_at_a_time(&mut database, rounds + 1);
     for relay in relays {
         relay.stop();
     }
@@ -192,6 +203,7 @@ fn handed_over(delivery: &Delivery) {
     let lsn = database.current_lsn();
     eventually("everything is confirmed", || (database.unconfirmed_bytes(&lsn) <= 0).then_some(()));
     assert_eq!(assert_complete_and_ordered(&topic.read(count), count), 0);
+    delivery.assert_one_at_a_time(&mut database, 7);
     relays.remove(0).stop();
 }
 
@@ -289,6 +301,7 @@ fn frozen(delivery: &Delivery) {
     let repeated = delivery.assert(&topic.read(count), count);
     println!("{count} rows, {repeated} repeated by a relay that was frozen");
     assert_nothing_taken_back(&mut database, &instance(&first), &instance(&second));
+    delivery.assert_one_at_a_time(&mut database, 2);
     // And the next one goes on where everything is published.
     first.stop();
     second.kill();
