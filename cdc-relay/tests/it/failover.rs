@@ -30,8 +30,13 @@ fn start(pair: &Pair) -> Relay {
 }
 
 fn spawn(pair: &Pair) -> Relay {
+    spawn_with(pair, "at-least-once")
+}
+
+fn spawn_with(pair: &Pair, delivery: &str) -> Relay {
     let route = ("CDC_RELAY_ROUTE__TOPIC", pair.topic.name.as_str());
-    Relay::spawn(&pair.database, &[("CDC_RELAY_POSTGRES__URL", &pair.url()), route])
+    let delivery = ("CDC_RELAY_KAFKA__DELIVERY", delivery);
+    Relay::spawn(&pair.database, &[("CDC_RELAY_POSTGRES__URL", &pair.url()), route, delivery])
 }
 
 /// Starts a relay that must halt, and returns what it said.
@@ -66,13 +71,23 @@ fn write_on(ports: [u16; 2], name: &str, kind: &str, written: &AtomicUsize, stop
 
 #[test]
 fn a_promotion_under_load_is_followed_and_kafka_has_what_the_new_primary_has() {
+    promoted_under_load("at-least-once");
+}
+
+#[test]
+fn a_promotion_under_load_is_followed_and_kafka_has_each_row_once() {
+    promoted_under_load("exactly-once");
+}
+
+fn promoted_under_load(delivery: &str) {
     if major_version() < 17 {
         return;
     }
     let standby = [READY[0], READY[1], ("sync_replication_slots", "on")];
     let mut pair = Pair::start(&[("synchronized_standby_slots", "standby1")], &standby);
     pair.init();
-    let relay = start(&pair);
+    let mut relay = spawn_with(&pair, delivery);
+    relay.wait_for_state("streaming");
     let (written, stop) = (AtomicUsize::new(0), AtomicBool::new(false));
     let (name, kind) = (pair.database.name.clone(), pair.topic.kind.clone());
     let ports = [pair.primary.port, pair.standby.port];
@@ -106,7 +121,9 @@ fn a_promotion_under_load_is_followed_and_kafka_has_what_the_new_primary_has() {
             assert!(before.is_none_or(|before| before < n), "{n} comes first after {before:?}");
         }
     }
-    println!("{} rows, {} records repeated", in_postgres.len(), records.len() - in_kafka.len());
+    let repeated = records.len() - in_kafka.len();
+    println!("{delivery}: {} rows, {repeated} records repeated", in_postgres.len());
+    assert!(delivery == "at-least-once" || repeated == 0, "{repeated} records are there twice");
     relay.stop();
     let timelines: Vec<_> =
         checkpoints::all(&mut pair.database).iter().map(|c| c["timeline"].as_i64().unwrap()).collect();

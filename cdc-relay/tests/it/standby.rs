@@ -209,30 +209,43 @@ fn handed_over(delivery: &Delivery) {
 
 #[test]
 fn a_machine_that_vanished_is_followed_once_the_server_gives_it_up() {
+    vanished(&AT_LEAST_ONCE);
+}
+
+#[test]
+fn a_machine_that_vanished_leaves_each_row_there_once_with_exactly_once_delivery() {
+    vanished(&EXACTLY_ONCE);
+}
+
+fn vanished(delivery: &Delivery) {
     let (mut database, topic) = (Database::new(), Topic::new(1, &[]));
     let role = database.name.clone();
     database.run(&format!("ALTER ROLE {role} SET wal_sender_timeout = '3s'"));
     init(&database);
     let network = Network::to(&database);
-    let first = Relay::start(&database, &[("CDC_RELAY_POSTGRES__URL", &network.url)]);
-    database.insert(&topic.kind, 0, 100);
-    topic.read(100);
+    let url = ("CDC_RELAY_POSTGRES__URL", network.url.as_str());
+    let first = Relay::start(&database, &[delivery.environment, &[url]].concat());
+    let load = Load::start(&database, &topic.kind, 0);
+    wait_for_progress(&topic);
     // The server hears nothing more of it, not even its end.
     network.cut();
     first.kill();
     let since = Instant::now();
-    database.insert(&topic.kind, 100, 100);
     let slot = database.slot.clone();
     let held = format!("SELECT active::int::int8 FROM pg_replication_slots WHERE slot_name = '{slot}'");
     assert_eq!(database.number(&held), 1, "the server has noticed already");
-    let mut second = Relay::spawn(&database, &[]);
+    let mut second = Relay::spawn(&database, delivery.environment);
     second.wait_for_state("standby");
     second.wait_for_state("streaming");
     println!(
         "wal_sender_timeout is 3 s; the standby streamed {} ms after the cut",
         since.elapsed().as_millis()
     );
-    assert_complete_and_ordered(&topic.read(200), 200);
+    let count = load.stop();
+    let lsn = database.current_lsn();
+    eventually("everything is confirmed", || (database.unconfirmed_bytes(&lsn) <= 0).then_some(()));
+    delivery.assert(&topic.read(count), count);
+    delivery.assert_one_at_a_time(&mut database, 2);
     second.stop();
 }
 
