@@ -2,10 +2,10 @@
 
 use std::fmt;
 
-use relay_core::{poison::Poison, record::Identity};
+use relay_core::{Lsn, poison::Poison, record::Identity};
 use service::{Failure, exit};
 
-use crate::position::Beyond;
+use crate::position::{Beyond, REPUBLISH};
 
 /// What went wrong, as far as it decides what to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -228,6 +228,17 @@ const UNDER_PARTITION_HINT: &str = "the publication did not publish via the part
      the partition an outbox of its own until they are through: [[outboxes]] table = \"…\" with the root's keys. A table \
      that inherits from the outbox without being its partition always needs that";
 
+/// How to go on where the server has something else than what was published up to the checkpoint.
+fn another_log(checkpoint: Lsn) -> String {
+    format!(
+        "it was restored from a backup, perhaps, and has written something else since. Nothing of it is published: consumers have \
+         events that this database never had, and what it has in their place, up to {checkpoint}, would be taken for published. To \
+         go back: put the server that has those events into postgres.url, and start again. To stay with this one: `cdc-relay \
+         accept-gap --from-slot` says what it would do, and `cdc-relay accept-gap --from-slot --yes` goes on from the slot's confirmed \
+         LSN: what it has from there on is published, some of it perhaps again, and new events may repeat the LSNs of old ones. {REPUBLISH}"
+    )
+}
+
 impl From<relay_core::relay::Halt> for Error {
     fn from(halt: relay_core::relay::Halt) -> Self {
         use relay_core::{relay::Halt, source::StreamError};
@@ -242,11 +253,7 @@ impl From<relay_core::relay::Halt> for Error {
             Halt::Stream(_) => error.hint(
                 "this is a bug, or the server is not PostgreSQL 15 to 18: please report it with this message",
             ),
-            Halt::AnotherLog { .. } => error.hint(
-                "it was restored from a backup, perhaps, and has written something else since. Nothing of it is published: \
-                 consumers have events that this database never had, and what it has in their place would be taken for \
-                 published. `cdc-relay accept-gap --from-slot` goes on from the slot's confirmed LSN",
-            ),
+            Halt::AnotherLog { checkpoint, .. } => error.hint(another_log(checkpoint)),
             Halt::UnknownTicket(_) => Self { kind: Kind::Internal, ..error },
         }
     }
@@ -304,6 +311,22 @@ fn classify(sqlstate: &str) -> (Kind, Option<&'static str>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn another_log_says_what_is_lost_and_both_ways_on() {
+        let published = relay_core::checkpoint::Mark { commit_lsn: Lsn(40), committed_at_us: 7 };
+        let halt = relay_core::relay::Halt::AnotherLog { published, found: None, checkpoint: Lsn(50) };
+        let hint = Error::from(halt).hint.unwrap();
+        for said in [
+            "events that this database never had",
+            "up to 0/32, would be taken for published",
+            "into postgres.url, and start again",
+            "cdc-relay accept-gap --from-slot --yes",
+            "cdc-relay replay --id ID --yes",
+        ] {
+            assert!(hint.contains(said), "{said}: {hint}");
+        }
+    }
 
     #[test]
     fn what_time_heals_is_tried_again_and_nothing_else() {

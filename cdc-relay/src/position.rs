@@ -185,29 +185,45 @@ impl fmt::Display for Doubt {
     }
 }
 
+/// One way on.
+const ACCEPT: &str = "To accept that: `cdc-relay accept-gap` says what it would do, and `cdc-relay accept-gap --yes` goes on from the \
+     slot's confirmed LSN";
+
+/// The other one, for what the outbox still has.
+pub(crate) const REPUBLISH: &str = "To publish what is missing once the relay streams again, behind newer rows: `cdc-relay audit` names the rows \
+     that no topic has, and `cdc-relay replay --id ID --yes` publishes them. To publish it before anything new, accept nothing: drop \
+     the slot (SELECT pg_drop_replication_slot('SLOT')), and `cdc-relay init --backfill --order-by COLUMN --where CONDITION` makes a \
+     new one and publishes the rows of that condition first";
+
 impl From<Doubt> for Error {
     fn from(doubt: Doubt) -> Self {
         let hint = match &doubt {
-            Doubt::NoCheckpoint { .. } => {
+            Doubt::NoCheckpoint { .. } => format!(
                 "if this relay never ran here, `cdc-relay init` writes the first one. Else find out what became of topic \
-                 kafka.checkpoint_topic, and of the server; `cdc-relay accept-gap` goes on from the slot's confirmed LSN"
-            }
-            Doubt::SlotAhead { .. } => {
-                "take what is missing from the outbox table; then `cdc-relay accept-gap` goes on from the slot's confirmed LSN"
-            }
+                 kafka.checkpoint_topic, and of the server. What the slot sends from its confirmed LSN on may be in Kafka already; \
+                 what was committed before that and is not in Kafka does not come from the slot any more. {ACCEPT}: the first is \
+                 published, perhaps again, the second is not. {REPUBLISH}"
+            ),
+            Doubt::SlotAhead { checkpoint, confirmed } => format!(
+                "what was committed from {checkpoint} to {confirmed} and is not in Kafka does not come from the slot any more, and no \
+                 slot goes back. {ACCEPT}. {REPUBLISH}"
+            ),
             Doubt::LogBehind { .. } | Doubt::Diverged { .. } => {
                 "consumers may have applied events that this database never had. `cdc-relay accept-gap` lists them all (--json for \
                  a program); `cdc-relay accept-gap --yes` goes on without them from the slot's confirmed LSN, and new events may \
                  repeat their LSNs. Or bring back the server that has them, put it into postgres.url, and start again"
+                    .to_owned()
             }
-            Doubt::OtherTimeline { .. } => {
+            Doubt::OtherTimeline { .. } => format!(
                 "put the server that was promoted into postgres.url (with target_session_attrs=read-write no standby is taken for \
-                 it), and make this one its standby. To stay with this one: `cdc-relay accept-gap --yes` goes on from the slot's \
-                 confirmed LSN, and new events may repeat the LSNs of old ones"
-            }
+                 it), make this one its standby, and start again: then nothing is lost. To stay with this one: consumers may have \
+                 applied events that it never had, and what it committed since the promotion is not in Kafka. {ACCEPT}: what it \
+                 has from there on is published, some of it perhaps again, and new events may repeat the LSNs of old ones. {REPUBLISH}"
+            ),
             Doubt::Backfilling { .. } => {
                 "if `cdc-relay init --backfill` still runs, wait until it has ended. If it was interrupted, run it again: it starts over \
                  with a new slot, and what it had published is published again. `cdc-relay accept-gap --yes` goes on without the rest"
+                    .to_owned()
             }
         };
         Self { beyond: doubt.beyond(), ..Self::new(Kind::Halted, doubt.to_string()).hint(hint) }
@@ -295,6 +311,45 @@ mod tests {
         let unfinished = judge(&begun, Lsn(40), &system(90, &[])).unwrap_err();
         assert!(matches!(unfinished, Doubt::Backfilling { .. }));
         assert!(doubt.to_string().ends_with("at 0/5 of another cluster, 7"), "{doubt}");
+    }
+
+    #[test]
+    fn each_doubt_says_what_is_lost_and_both_ways_on() {
+        let lsn = Lsn(80);
+        let at = "2026-11-22T11:51:03.743Z".to_owned();
+        let again = ["cdc-relay audit", "cdc-relay replay --id ID --yes", "cdc-relay init --backfill"];
+        let server = ["events that", "postgres.url"];
+        let cases = [
+            (
+                Doubt::NoCheckpoint { others: Vec::new() },
+                "committed before that and is not in Kafka",
+                &again[..],
+            ),
+            (
+                Doubt::SlotAhead { checkpoint: Lsn(50), confirmed: lsn },
+                "committed from 0/32 to 0/50 and is not",
+                &again,
+            ),
+            (Doubt::OtherTimeline { checkpoint: lsn, timeline: 2, server: 1 }, "is not in Kafka", &again),
+            (
+                Doubt::OtherTimeline { checkpoint: lsn, timeline: 2, server: 1 },
+                "events that it never had",
+                &server,
+            ),
+            (Doubt::LogBehind { checkpoint: lsn, at: at.clone(), wal_end: Lsn(50) }, "never had", &server),
+            (
+                Doubt::Diverged { checkpoint: lsn, at: at.clone(), timeline: 1, ended: Lsn(50) },
+                "never had",
+                &server,
+            ),
+            (Doubt::Backfilling { at, instance: "i".into() }, "the rest", &["cdc-relay init --backfill"]),
+        ];
+        for (doubt, lost, other_way) in cases {
+            let error = Error::from(doubt.clone());
+            let hint = error.hint.unwrap();
+            assert!(hint.contains(lost) && hint.contains("cdc-relay accept-gap --yes"), "{doubt:?}: {hint}");
+            assert!(other_way.iter().all(|command| hint.contains(command)), "{doubt:?}: {hint}");
+        }
     }
 
     #[test]
