@@ -134,6 +134,7 @@ pub(crate) fn take_slot(
         let what = format!("slot {:?} is held by server process {pid}", settings.slot);
         return Err(Error::new(Kind::SlotInUse, what));
     }
+    let (was_standby, _) = look_at_log(&mut connection)?;
     let stream = connection
         .beside(&settings.postgres, Purpose::Replication, settings.connect_timeout)
         .and_then(|beside| {
@@ -141,7 +142,16 @@ pub(crate) fn take_slot(
             ReplicationStream::start(beside, &settings.slot, &settings.publication, messages)
         });
     match stream {
-        Ok((stream, system)) => {
+        Ok((stream, mut system)) => {
+            // What the server told of itself was so before the slot was ours. Until then another relay may have had it, and
+            // published what the log had got meanwhile.
+            let (is_standby, wal_end) = look_at_log(&mut connection)?;
+            system.wal_end = system.wal_end.max(wal_end);
+            if was_standby && !is_standby {
+                // Our checkpoints would tell of the timeline that it has left.
+                let what = format!("Postgres at {} was promoted while the session began", connection.place());
+                return Err(Error::new(Kind::PostgresAway, what));
+            }
             let position = slot::verify(&mut connection, settings)?;
             let partitions = publication::partitions(&mut connection, settings)?;
             Ok((stream, system, position, partitions))
@@ -150,6 +160,18 @@ pub(crate) fn take_slot(
         Err(e) if e.kind != Kind::PostgresAway => slot::verify(&mut connection, settings).and(Err(e)),
         Err(e) => Err(e),
     }
+}
+
+/// Whether the server is a standby, and where its log ends; a standby's, how far it has got with it.
+fn look_at_log(connection: &mut Connection) -> Result<(bool, Lsn), Error> {
+    let sql = "SELECT pg_is_in_recovery()::text, \
+               CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_flush_lsn() END";
+    let rows = connection.simple_query(sql)?;
+    let Some([Some(is_standby), Some(wal_end)]) = rows.first().map(Vec::as_slice) else {
+        return Err(Error::new(Kind::PostgresAway, "the server does not say where its log ends"));
+    };
+    let odd = |e| Error::new(Kind::Internal, format!("the end of the server's log: {e}"));
+    Ok((is_standby == "true", wal_end.parse().map_err(odd)?))
 }
 
 /// A third of what the server waits for, so that one lost update is not the end.

@@ -5,6 +5,7 @@
 
 mod audit;
 mod backfill;
+mod begun;
 mod certificates;
 mod check;
 mod checkpoints;

@@ -1,4 +1,4 @@
-//! A network between a relay and its servers that can go away without a word.
+//! A network between a relay and its servers that can go away without a word, or keeps something back.
 
 use std::{
     io::{Read as _, Write as _},
@@ -6,11 +6,16 @@ use std::{
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
+        mpsc::{Receiver, Sender, channel},
     },
     thread::spawn,
+    time::Duration,
 };
 
 use crate::database::Database;
+
+/// How long what must happen may take.
+const LIMIT: Duration = Duration::from_secs(120);
 
 /// Cut, it swallows what either side says, and closes nothing.
 pub(crate) struct Network {
@@ -21,12 +26,8 @@ pub(crate) struct Network {
 
 impl Network {
     pub(crate) fn to(database: &Database) -> Self {
-        let direct = database.url();
-        let port = direct.rsplit(':').next().and_then(|rest| rest.split('/').next()).unwrap().to_owned();
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let here = listener.local_addr().unwrap().port();
-        let url = direct.replace(&format!(":{port}/"), &format!(":{here}/"));
-        Self { url, connections: pass_on(listener, format!("127.0.0.1:{port}")) }
+        let (url, listener, server) = before(&database.url());
+        Self { url, connections: pass_on(listener, server) }
     }
 
     /// Of all connections that there are, and for good: what was swallowed is gone.
@@ -37,8 +38,66 @@ impl Network {
     }
 }
 
+/// A connection string that leads to the listener, and where the one that is given leads to.
+fn before(direct: &str) -> (String, TcpListener, String) {
+    let port = direct.rsplit(':').next().and_then(|rest| rest.split('/').next()).unwrap().to_owned();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let here = listener.local_addr().unwrap().port();
+    let url = direct.replace(&format!(":{port}/"), &format!(":{here}/"));
+    (url, listener, format!("127.0.0.1:{port}"))
+}
+
+const START: &[u8] = b"START_REPLICATION";
+
+/// Keeps back the first `START_REPLICATION`.
+pub(crate) struct Gate {
+    /// The connection string through this.
+    pub(crate) url: String,
+    asked: Receiver<()>,
+    open: Sender<()>,
+}
+
+impl Gate {
+    /// `direct` ends with `:PORT/DATABASE`.
+    pub(crate) fn to(direct: &str) -> Self {
+        let (url, listener, server) = before(direct);
+        let ((ask, asked), (open, opened)) = (channel(), channel());
+        // Whoever takes it waits.
+        let first = Mutex::new(Some((ask, opened)));
+        let look = move |sent: &[u8]| {
+            if !sent.windows(START.len()).any(|window| window == START) {
+                return;
+            }
+            let taken = first.lock().unwrap().take();
+            if let Some((ask, opened)) = taken {
+                let _ = ask.send(());
+                let _ = opened.recv();
+            }
+        };
+        pass_on_after(listener, server, Arc::new(look));
+        Self { url, asked, open }
+    }
+
+    /// Waits until it keeps something back.
+    pub(crate) fn wait(&self) {
+        self.asked.recv_timeout(LIMIT).expect("the slot is asked for");
+    }
+
+    pub(crate) fn open(&self) {
+        self.open.send(()).unwrap();
+    }
+}
+
 /// Passes connections on to a server; for each, whether it is cut.
 pub(crate) fn pass_on(listener: TcpListener, server: String) -> Arc<Mutex<Vec<Arc<AtomicBool>>>> {
+    pass_on_after(listener, server, Arc::new(|_: &[u8]| ()))
+}
+
+/// Looks at what is passed on.
+type Look = Arc<dyn Fn(&[u8]) + Send + Sync>;
+
+/// As [`pass_on`], after `look` has returned from a look at what is passed on.
+fn pass_on_after(listener: TcpListener, server: String, look: Look) -> Arc<Mutex<Vec<Arc<AtomicBool>>>> {
     let connections = Arc::new(Mutex::new(Vec::new()));
     let known = Arc::clone(&connections);
     spawn(move || {
@@ -48,17 +107,18 @@ pub(crate) fn pass_on(listener: TcpListener, server: String) -> Arc<Mutex<Vec<Ar
             known.lock().unwrap().push(Arc::clone(&is_cut));
             for (from, to) in [(&client, &server), (&server, &client)] {
                 let (from, to) = (from.try_clone().unwrap(), to.try_clone().unwrap());
-                let cut = Arc::clone(&is_cut);
-                spawn(move || forward(from, to, &cut));
+                let (cut, look) = (Arc::clone(&is_cut), Arc::clone(&look));
+                spawn(move || forward(from, to, &cut, &*look));
             }
         }
     });
     connections
 }
 
-fn forward(mut from: TcpStream, mut to: TcpStream, is_cut: &AtomicBool) {
+fn forward(mut from: TcpStream, mut to: TcpStream, is_cut: &AtomicBool, look: &dyn Fn(&[u8])) {
     let mut buffer = vec![0; 65_536];
     while let Ok(read @ 1..) = from.read(&mut buffer) {
+        look(&buffer[..read]);
         if !is_cut.load(Ordering::Relaxed) && to.write_all(&buffer[..read]).is_err() {
             return;
         }
