@@ -104,13 +104,16 @@ const HASTY: [(&str, &str); 3] = [
 ];
 const IN_FLIGHT: &str = "cdc_relay_in_flight_records";
 
+/// After so many without disorder, what should find it does not; as a rule it is there in the first.
+const ROUNDS_MAX: usize = 20;
+
 /// Several requests are under way at a time, and Kafka begins to take records again between one and the next.
 fn kafka_comes_and_goes(half: &Half, build: &Build, mut enough: impl FnMut(&Findings) -> bool) -> Findings {
     let (mut database, topic) = (Database::on(&half.stack.servers), half.topic());
     init(&database);
     let relay = build.start(&database, &HASTY);
     let mut count = 0;
-    loop {
+    for _ in 0..ROUNDS_MAX {
         let load = Load::start(&database, &topic.kind, count);
         eventually("Kafka knows the producer", || {
             relay.metric("cdc_relay_records_acknowledged_total").filter(|n| *n > 0.0)
@@ -128,4 +131,5 @@ fn kafka_comes_and_goes(half: &Half, build: &Build, mut enough: impl FnMut(&Find
             return findings;
         }
     }
+    panic!("{:?}: not enough was found in {ROUNDS_MAX} rounds of {count} rows", build.fault);
 }
