@@ -20,12 +20,12 @@ use crate::{
 /// nothing depends on them but their size.
 pub(crate) fn read(
     snapshot: &mut Snapshot<'_>,
-    settings: &Settings,
+    source: &Options,
     order: &str,
     mut take: impl FnMut(&Record<'_>, Option<&Poison>) -> Result<(), Error>,
 ) -> Result<(), Error> {
-    let mut rows = Rows::new(Options { messages: None, cloud_events: None, ..settings.source.clone() }, 0)?;
-    for (oid, outbox) in (1..).zip(&settings.source.outboxes) {
+    let mut rows = Rows::new(Options { messages: None, cloud_events: None, ..source.clone() }, 0)?;
+    for (oid, outbox) in (1..).zip(&source.outboxes) {
         let mut columns = snapshot.columns(outbox)?;
         let payload = columns.remove(Field::Payload as usize);
         rows.describe(oid, outbox, &columns, &payload)?;

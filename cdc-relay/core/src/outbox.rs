@@ -227,6 +227,16 @@ impl Outbox {
         !self.table.columns[Field::Timestamp as usize].is_empty()
     }
 
+    /// The same with that column as the time of its rows.
+    ///
+    /// # Errors
+    /// The column is used for something else.
+    pub fn with_timestamp_column(&self, column: &str) -> Result<Self, OutboxError> {
+        let mut table = self.table.clone();
+        column.clone_into(&mut table.columns[Field::Timestamp as usize]);
+        Self::with_label(table, self.label.clone())
+    }
+
     /// The column with which a row names its own topic; empty where none does.
     pub fn topic_column(&self) -> &str {
         &self.table.columns[Field::Topic as usize]
@@ -331,6 +341,9 @@ mod tests {
     fn what_cannot_be_used_says_why() {
         assert_eq!(table(|t| t.columns[4].clear()), Err(OutboxError::Unnamed(Field::Payload)));
         assert_eq!(table(|t| t.columns[8] = "id".into()), Err(OutboxError::SharedColumn("id".into())));
+        let outbox = table(|_| {}).unwrap();
+        assert_eq!(outbox.with_timestamp_column("id"), Err(OutboxError::SharedColumn("id".into())));
+        assert!(outbox.with_timestamp_column("at").unwrap().has_timestamp_column());
         for name in ["", "id", "seq", "traceparent", "ce_id", "content-type"] {
             let bad = table(|t| t.header_columns = vec![header("tenant", name)]);
             assert_eq!(bad, Err(OutboxError::TakenHeader(name.into())));

@@ -3,11 +3,12 @@
 //! First the rows' ids in one snapshot, then the end of the server's log, then the wait until the slot has confirmed that:
 //! what is in the snapshot and was to be published is in Kafka from then on. Only then the topics are read.
 
+mod remains;
 mod tally;
 mod topics;
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::BTreeMap,
     time::{Duration, Instant},
 };
 
@@ -16,10 +17,12 @@ use relay_core::{
     poison::{Poison, Policy},
     record::Record,
     route::is_legal_topic,
+    source::Options,
 };
 use serde::Serialize;
 
 use self::{
+    remains::{Remains, with_time},
     tally::{BYTES_PER_ROW, NO_TOPIC, Tally},
     topics::{Reader, Topic},
 };
@@ -49,6 +52,8 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 pub(crate) struct Ask {
     /// A condition of SQL: only rows that meet it are looked for.
     pub(crate) filter: Option<String>,
+    /// The column that says when a row was written, where `outbox.timestamp` names none.
+    pub(crate) time_column: String,
     /// How long the relay may take to confirm what was committed before the audit.
     pub(crate) wait: Duration,
 }
@@ -78,7 +83,7 @@ pub(crate) struct Report {
     /// The relay leaves them out, as a policy says.
     pub(crate) left_out: u64,
     pub(crate) missing: u64,
-    /// In no topic, and theirs has lost records that it had.
+    /// In no topic, and theirs has lost records that it had; one of theirs can be among them.
     pub(crate) unknown: u64,
     /// In no topic, and not confirmed either.
     pub(crate) unconfirmed: u64,
@@ -152,19 +157,24 @@ pub(crate) fn audit(settings: &Settings, ask: &Ask) -> Result<Report, Error> {
 
     let mut report = Report { compared_to: end.to_string(), ..Report::default() };
     let reader = Reader::new(settings);
-    let mut topics: BTreeMap<u16, Topic> = BTreeMap::new();
+    let (mut topics, mut remains) = (BTreeMap::new(), BTreeMap::new());
     for (name, number) in &numbers {
-        let topic = reader.compare(name, &mut tally, |finding| report.list(finding))?;
+        let (topic, left) = reader.compare(name, &mut tally, |finding| report.list(finding))?;
+        if let Some(left) = left.filter(|_| topic.is_cut()) {
+            remains.insert(name.clone(), left);
+        }
         topics.insert(*number, topic);
     }
     reader.read_letters(&mut tally)?;
     report.count(&tally, &topics, &slot);
-    if report.missing > 0 {
-        list_missing(&mut report, &mut connection, settings, ask, &mut tally, &topics)?;
+    if report.missing + report.unknown > 0 {
+        list_missing(&mut report, &mut connection, settings, ask, &mut tally, &remains)?;
+        let is_whole = |number| !topics.get(&number).is_some_and(Topic::is_cut);
+        report.note_gone(tally.standing(is_whole).untold);
     }
     report.findings.sort_by_key(|finding| finding.kind != "missing");
     report.not_listed = report.found().saturating_sub(report.findings.len() as u64);
-    report.note(settings, &slot, topics.values());
+    report.note(settings, ask, &slot, topics.values());
     report.topics = topics.into_values().collect();
     Ok(report)
 }
@@ -186,7 +196,7 @@ fn expect(
     }
     let mut tally = Tally::with_capacity(usize::try_from(count).unwrap_or(0));
     let mut numbers: BTreeMap<String, u16> = BTreeMap::new();
-    rows::read(&mut snapshot, settings, "", |record, poison| {
+    rows::read(&mut snapshot, &settings.source, "", |record, poison| {
         let number = if is_legal_topic(record.topic) {
             match numbers.get(record.topic) {
                 Some(number) => *number,
@@ -237,19 +247,31 @@ fn wait(connection: &mut Connection, settings: &Settings, end: Lsn, limit: Durat
     }
 }
 
-/// Names the rows that are missing, which the tally knows by their hashes only.
+/// Names the rows that are missing, which the tally knows by their hashes only, and takes for missing those of a cut topic that
+/// cannot be among what it has lost.
 fn list_missing(
     report: &mut Report,
     connection: &mut Connection,
     settings: &Settings,
     ask: &Ask,
     tally: &mut Tally,
-    topics: &BTreeMap<u16, Topic>,
+    remains: &BTreeMap<String, Remains>,
 ) -> Result<(), Error> {
-    let cut: HashSet<&str> = topics.values().filter(|t| t.is_cut()).map(|t| t.name.as_str()).collect();
     let mut snapshot = Snapshot::begin(connection, settings, ask.filter.as_deref(), None)?;
-    rows::read(&mut snapshot, settings, "", |record: &Record<'_>, poison| {
-        if tally.tell(record.topic, record.row_id.as_bytes()) && !cut.contains(record.topic) {
+    let outboxes = &settings.source.outboxes;
+    let outboxes: Result<_, _> =
+        outboxes.iter().map(|outbox| with_time(&mut snapshot, outbox, &ask.time_column)).collect();
+    let source = Options { outboxes: outboxes?, ..settings.source.clone() };
+    rows::read(&mut snapshot, &source, "", |record: &Record<'_>, poison| {
+        if !tally.tell(record.topic, record.row_id.as_bytes()) {
+            return Ok(());
+        }
+        let left = remains.get(record.topic);
+        if left.is_some_and(|left| left.would_hold(record)) {
+            report.unknown -= 1;
+            report.missing += 1;
+        }
+        if left.is_none_or(|left| left.would_hold(record)) {
             report.list(Finding {
                 kind: "missing",
                 table: record.table.to_owned(),
@@ -263,15 +285,7 @@ fn list_missing(
         }
         Ok(())
     })?;
-    snapshot.end()?;
-    let gone = tally.standing(|number| !topics.get(&number).is_some_and(Topic::is_cut)).untold;
-    if gone > 0 {
-        let what = format!(
-            "{gone} of the missing rows were deleted from the outbox meanwhile: their ids are not known any more"
-        );
-        report.notes.push(what);
-    }
-    Ok(())
+    snapshot.end()
 }
 
 impl Report {
@@ -296,8 +310,23 @@ impl Report {
         }
     }
 
+    fn note_gone(&mut self, gone: u64) {
+        if gone > 0 {
+            let what = format!(
+                "{gone} of the missing rows were deleted from the outbox meanwhile: their ids are not known any more"
+            );
+            self.notes.push(what);
+        }
+    }
+
     /// Says what the figures do not.
-    fn note<'a>(&mut self, settings: &Settings, slot: &Slots, topics: impl Iterator<Item = &'a Topic>) {
+    fn note<'a>(
+        &mut self,
+        settings: &Settings,
+        ask: &Ask,
+        slot: &Slots,
+        topics: impl Iterator<Item = &'a Topic>,
+    ) {
         let Self { missing, unknown, unconfirmed, unordered, ref mut notes, .. } = *self;
         let name = &settings.slot;
         match slot {
@@ -322,8 +351,8 @@ impl Report {
             } else if !topic.deleted_before.is_empty() {
                 let parts = topic.deleted_before.join(", ");
                 notes.push(format!(
-                    "the beginning of topic {name} is deleted (partition {parts}): whether a row without a record had one there \
-                     cannot be known"
+                    "the beginning of topic {name} is deleted (partition {parts}): whether a row without a record had one in what is \
+                     gone cannot be known"
                 ));
             } else if topic.compacted == Some(true) {
                 notes.push(format!(
@@ -333,7 +362,9 @@ impl Report {
         }
         if unknown > 0 {
             notes.push(format!(
-                "{unknown} rows are in no topic and count as unknown for that, not as missing"
+                "{unknown} rows are in no topic and count as unknown for that, not as missing: they are no newer than what their \
+                 partition still holds, or do not tell their time (column {:?}, --time-column)",
+                ask.time_column
             ));
         }
         if missing > 0 && settings.policies.any(Policy::Skip) {

@@ -15,6 +15,7 @@ use serde::Serialize;
 
 use super::{
     Finding,
+    remains::Remains,
     tally::{Seen, Tally, Verdict},
 };
 use crate::{
@@ -87,30 +88,32 @@ impl<'a> Reader<'a> {
         Ok(history)
     }
 
-    /// Compares a topic with what the tally expects. `find` takes what is found.
+    /// Compares a topic with what the tally expects, and tells what there is of it. `find` takes what is found.
     pub(super) fn compare(
         &self,
         name: &str,
         tally: &mut Tally,
         mut find: impl FnMut(Finding),
-    ) -> Result<Topic, Error> {
+    ) -> Result<(Topic, Option<Remains>), Error> {
         let mut topic = Topic { name: name.to_owned(), ..Topic::default() };
-        let Some(mut history) = self.open(name)? else { return Ok(topic) };
+        let Some(mut history) = self.open(name)? else { return Ok((topic, None)) };
         topic.exists = true;
+        let mut remains = Remains::new(Box::new(history.partition_of()));
         history.read_on(&|| self.patience(), |message| {
             self.heard.set(Instant::now());
-            topic.take(message, tally, &mut find);
+            topic.take(message, tally, &mut remains, &mut find);
             Ok(())
         })?;
         // Now, so that what was deleted while we read is known as well.
         let beginnings = history.beginnings(&|| self.patience())?;
+        topic.compacted = is_compacted(&self.settings.kafka, name);
+        remains.end(&beginnings, topic.compacted == Some(true));
         topic.deleted_before = beginnings
             .into_iter()
             .filter(|(_, offset)| *offset > 0)
             .map(|(partition, offset)| format!("{partition} from {offset}"))
             .collect();
-        topic.compacted = is_compacted(&self.settings.kafka, name);
-        Ok(topic)
+        Ok((topic, Some(remains)))
     }
 
     /// Tells the tally of the dead letters of our slot.
@@ -135,7 +138,13 @@ impl<'a> Reader<'a> {
 }
 
 impl Topic {
-    fn take(&mut self, message: &BorrowedMessage<'_>, tally: &mut Tally, find: &mut impl FnMut(Finding)) {
+    fn take(
+        &mut self,
+        message: &BorrowedMessage<'_>,
+        tally: &mut Tally,
+        remains: &mut Remains,
+        find: &mut impl FnMut(Finding),
+    ) {
         self.records += 1;
         // A row's own headers come after the relay's.
         let header = |name: &str| message.headers()?.iter().find(|header| header.key == name);
@@ -153,6 +162,10 @@ impl Topic {
             place,
             is_deliberate: header("replayed").is_some() || header("redriven").is_some(),
         };
+        if !seen.is_deliberate {
+            let at_ms = place.and_then(|_| message.timestamp().to_millis());
+            remains.take(message.key(), (message.partition(), message.offset()), at_ms);
+        }
         let mut verdict = tally.see(&seen);
         let plain = if verdict == Verdict::Other { plain(id) } else { None };
         if let Some(plain) = &plain {

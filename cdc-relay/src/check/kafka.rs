@@ -31,13 +31,14 @@ pub(super) fn topics_in_use(
     let mut topics = InUse::new();
     let mut snapshot = Snapshot::begin(connection, settings, None, None)?;
     let mut count = 0;
-    let looked = rows::read(&mut snapshot, settings, &format!("LIMIT {ROWS_LOOKED_AT}"), |record, poison| {
-        count += 1;
-        if poison.is_none() && is_legal_topic(record.topic) && !topics.contains_key(record.topic) {
-            topics.insert(record.topic.to_owned(), 0);
-        }
-        Ok(())
-    });
+    let looked =
+        rows::read(&mut snapshot, &settings.source, &format!("LIMIT {ROWS_LOOKED_AT}"), |record, poison| {
+            count += 1;
+            if poison.is_none() && is_legal_topic(record.topic) && !topics.contains_key(record.topic) {
+                topics.insert(record.topic.to_owned(), 0);
+            }
+            Ok(())
+        });
     let looked = looked.and_then(|()| {
         rows::read_largest(&mut snapshot, settings, LARGEST_LOOKED_AT, |record, poison| {
             if poison.is_none() && is_legal_topic(record.topic) {

@@ -24,6 +24,10 @@ pub(super) struct Audit {
     /// Look only for rows that meet this condition of SQL, such as "created >= '2026-11-21'"
     #[arg(long = "where", value_name = "SQL")]
     filter: Option<String>,
+    /// The column that says when a row was written, where outbox.timestamp names none: it tells a lost record from one that
+    /// Kafka's retention has deleted
+    #[arg(long, value_name = "COLUMN", default_value = "created_at")]
+    time_column: String,
     /// How long the relay may take to confirm what was committed before the audit began
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(..=86_400))]
     wait: u64,
@@ -34,7 +38,11 @@ pub(super) struct Audit {
 
 /// Prints what the comparison came to.
 pub(super) fn audit(settings: &Settings, audit: &Audit) -> Result<(), Failure> {
-    let ask = Ask { filter: audit.filter.clone(), wait: Duration::from_secs(audit.wait) };
+    let ask = Ask {
+        filter: audit.filter.clone(),
+        time_column: audit.time_column.clone(),
+        wait: Duration::from_secs(audit.wait),
+    };
     let report = audit::audit(settings, &ask).map_err(Error::into_failure)?;
     if audit.json {
         service::say!("{}", json!(report));

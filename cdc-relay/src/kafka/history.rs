@@ -10,7 +10,10 @@ use rdkafka::{
     types::RDKafkaRespErr,
 };
 
-use super::client::{Quiet, not_taken, reader_config, watermarks};
+use super::{
+    client::{Quiet, not_taken, reader_config, watermarks},
+    partition::Partitioner,
+};
 use crate::{
     config::KafkaConfig,
     error::{Error, Kind},
@@ -36,6 +39,7 @@ pub(crate) struct History {
     /// Sees what is in open transactions, too.
     uncommitted: BaseConsumer<Quiet>,
     topic: String,
+    partitioner: Partitioner,
     /// The next offset of each partition.
     next: BTreeMap<i32, Offset>,
     /// Where [`fetch`](Self::fetch) is: partition and next offset.
@@ -59,12 +63,19 @@ impl History {
         let uncommitted = client.create_with_context(Quiet).map_err(|e| not_taken(&e))?;
         let Some(partitions) = partitions(&consumer, topic, patience)? else { return Ok(None) };
         let next = partitions.into_iter().map(|partition| (partition, Offset::Beginning)).collect();
-        Ok(Some(Self { consumer, uncommitted, topic: topic.to_owned(), next, cursor: None }))
+        let (topic, partitioner) = (topic.to_owned(), Partitioner::of(config));
+        Ok(Some(Self { consumer, uncommitted, topic, partitioner, next, cursor: None }))
     }
 
     /// The topic's partitions, as they were when it was opened.
     pub(crate) fn partitions(&self) -> Vec<i32> {
         self.next.keys().copied().collect()
+    }
+
+    /// Which of its partitions the relay's producer chooses for a key; None where the key decides nothing.
+    pub(crate) fn partition_of(&self) -> impl Fn(Option<&[u8]>) -> Option<i32> + use<> {
+        let (partitioner, count) = (self.partitioner, i32::try_from(self.next.len()).unwrap_or(0));
+        move |key| partitioner.partition(key, count)
     }
 
     /// Hands every record that was not handed out yet to `take`, partition by partition in order, until the present

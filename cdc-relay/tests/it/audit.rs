@@ -59,6 +59,15 @@ fn produce(topic: &str, key: &str, headers: &[(String, Option<String>)]) {
     producer.flush(Duration::from_secs(30)).unwrap();
 }
 
+/// As retention does: a topic's only partition begins there from then on.
+fn delete_before(database: &Database, topic: &Topic, offset: i64) {
+    let mut end = TopicPartitionList::new();
+    end.add_partition_offset(&topic.name, 0, Offset::Offset(offset)).unwrap();
+    let admin: AdminClient<DefaultClientContext> =
+        ClientConfig::new().set("bootstrap.servers", &database.servers.kafka).create().unwrap();
+    database.runtime.block_on(admin.delete_records(&end, &AdminOptions::new())).unwrap();
+}
+
 #[test]
 fn what_is_missing_there_twice_or_out_of_order_is_found() {
     let (mut database, topic) = (with_grant(), Topic::new(1, &[]));
@@ -140,14 +149,41 @@ fn what_is_no_loss_is_told_apart() {
     let (code, report) = audit(&database, &[], &environment);
     assert_eq!((code, counts(&report, names)), (0, [7, 2, 1, 0, 0]), "{report}");
 
-    let mut end = TopicPartitionList::new();
-    end.add_partition_offset(&cut.name, 0, Offset::Offset(1)).unwrap();
-    let admin: AdminClient<DefaultClientContext> =
-        ClientConfig::new().set("bootstrap.servers", &database.servers.kafka).create().unwrap();
-    database.runtime.block_on(admin.delete_records(&end, &AdminOptions::new())).unwrap();
+    delete_before(&database, &cut, 1);
     let (code, report) = audit(&database, &[], &environment);
     assert_eq!((code, counts(&report, names)), (0, [6, 2, 1, 1, 0]), "{report}");
     assert!(report["notes"].to_string().contains(&format!("the beginning of topic {} is deleted", cut.name)));
+    relay.stop();
+}
+
+#[test]
+fn a_loss_is_told_from_what_retention_deleted() {
+    let (mut database, topic) = (with_grant(), Topic::new(1, &[]));
+    init(&database);
+    database.run("ALTER TABLE outbox ADD created_at timestamptz NOT NULL DEFAULT now()");
+    let relay = Relay::start(&database, &[]);
+    database.insert(&topic.kind, 0, 3);
+    topic.read(3);
+    relay.stop();
+    // Never published: one at the time of the others, one long after them.
+    insert(&mut database, &topic.kind, "now");
+    let lost = insert(&mut database, &topic.kind, "later");
+    database.run("UPDATE outbox SET created_at = now() + interval '1 hour' WHERE aggregateid = 'later'");
+    let gap = command(&database).args(["accept-gap", "--through", "now", "--yes"]).output().unwrap();
+    assert!(gap.status.success(), "{}", String::from_utf8_lossy(&gap.stderr));
+    let relay = Relay::start(&database, &[]);
+    let names = ["published", "missing", "unknown"];
+    let (code, report) = audit(&database, &[], &[]);
+    assert_eq!((code, counts(&report, names)), (65, [3, 2, 0]), "{report}");
+
+    delete_before(&database, &topic, 1);
+    let (code, report) = audit(&database, &[], &[]);
+    assert_eq!((code, counts(&report, names)), (65, [2, 1, 2]), "{report}");
+    let findings = report["findings"].as_array().unwrap();
+    assert_eq!((findings.len(), &findings[0]["id"]), (1, &lost.as_str().into()), "{report}");
+    let (code, report) = audit(&database, &["--time-column", "nothing"], &[]);
+    assert_eq!((code, counts(&report, names)), (0, [2, 0, 3]), "{report}");
+    assert!(report["notes"].to_string().contains("--time-column"), "{report}");
     relay.stop();
 }
 
