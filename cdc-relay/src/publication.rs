@@ -1,6 +1,8 @@
 //! The publication: what it must publish, found out before every session, because the server tells nobody what it
 //! leaves out of a stream.
 
+mod excess;
+
 use std::collections::HashSet;
 
 use relay_core::outbox::{Outbox, Updates};
@@ -10,6 +12,8 @@ use crate::{
     error::{Error, Kind},
     replication::{connection::Connection, stream::quote_identifier},
 };
+
+pub(crate) use self::excess::excess;
 
 /// Whether `init` found a thing or made it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,6 +29,8 @@ struct Publication {
     /// Deletes or truncates.
     removals: bool,
     via_root: bool,
+    /// Every table of the database, also those that are yet to come.
+    is_of_all: bool,
 }
 
 /// Makes the publication where it is missing, and checks it.
@@ -109,26 +115,6 @@ pub(crate) fn problems(connection: &mut Connection, settings: &Settings) -> Resu
     Ok(problems)
 }
 
-/// What it publishes and nobody needs: it costs the server and the network, and nothing else.
-pub(crate) fn excess(connection: &mut Connection, settings: &Settings) -> Result<Option<Problem>, Error> {
-    let (name, outboxes) = (&settings.publication, &settings.source.outboxes);
-    let Some(publication) = find(connection, name)? else { return Ok(None) };
-    let mut more = Vec::new();
-    if publication.updates && !wants_updates(outboxes) {
-        more.push("updates");
-    }
-    if publication.removals && settings.retention == Retention::Keep {
-        more.push("deletes or truncates");
-    }
-    if more.is_empty() {
-        return Ok(None);
-    }
-    let what =
-        format!("publication {name:?} publishes {}, too, which the relay passes over", more.join(" and "));
-    let alter = format!("ALTER PUBLICATION {} SET ({})", quote_identifier(name), publish(outboxes));
-    Ok(Some(Problem::of_owner("publication-more", what, &alter)))
-}
-
 fn wants_updates(outboxes: &[Outbox]) -> bool {
     outboxes.iter().any(|outbox| outbox.updates() == Updates::Halt)
 }
@@ -138,7 +124,7 @@ fn publish(outboxes: &[Outbox]) -> &'static str {
 }
 
 fn find(connection: &mut Connection, name: &str) -> Result<Option<Publication>, Error> {
-    let sql = "SELECT pubinsert::text, pubupdate::text, pubviaroot::text, (pubdelete OR pubtruncate)::text \
+    let sql = "SELECT pubinsert::text, pubupdate::text, pubviaroot::text, (pubdelete OR pubtruncate)::text, puballtables::text \
          FROM pg_publication WHERE pubname = $1";
     let rows = connection.query(sql, &[name])?;
     let is = |value: Option<&Option<String>>| value.is_some_and(|v| v.as_deref() == Some("true"));
@@ -147,6 +133,7 @@ fn find(connection: &mut Connection, name: &str) -> Result<Option<Publication>, 
         updates: is(row.get(1)),
         via_root: is(row.get(2)),
         removals: is(row.get(3)),
+        is_of_all: is(row.get(4)),
     };
     Ok(rows.first().map(publication))
 }
@@ -223,21 +210,30 @@ fn of_table(
         )));
     }
     if !filter.is_empty() {
+        let mend = add_again(name, &relation);
         return Ok(Some(Problem::new(
             "publication-filter",
             format!("publication {name:?} leaves rows of {label} out by a row filter: {filter}"),
             format!(
-                "let the publication's owner run: {alter} DROP TABLE {relation}, and ADD TABLE without WHERE; no row must be \
-                 written in between. Where only some events are to be published, write the others elsewhere"
+                "let the publication's owner run: {} Where only some events are to be published, write the others elsewhere",
+                mend.join(" ")
             ),
-            &[
-                "-- no row must be written until both are done:",
-                &format!("{alter} DROP TABLE {relation};"),
-                &format!("{alter} ADD TABLE {relation};"),
-            ],
+            &mend.each_ref().map(String::as_str),
         )));
     }
     of_columns(connection, settings, &table, outbox)
+}
+
+/// Takes a table out of a publication and adds it without filter and column list, in one transaction: no row is committed while
+/// it is not published.
+fn add_again(publication: &str, relation: &str) -> [String; 4] {
+    let alter = format!("ALTER PUBLICATION {}", quote_identifier(publication));
+    [
+        "BEGIN;".into(),
+        format!("{alter} DROP TABLE {relation};"),
+        format!("{alter} ADD TABLE {relation};"),
+        "COMMIT;".into(),
+    ]
 }
 
 fn of_columns(
@@ -271,26 +267,16 @@ fn of_columns(
     let used = outbox.required_columns().chain(outbox.optional_columns().filter(|c| there.contains(*c)));
     for column in used {
         if !published.contains(column) {
-            let hint = format!(
-                "it has a column list, or the column is generated. Let the publication's owner add the column to the \
-                 list, or take the list away: ALTER PUBLICATION {} SET TABLE {}.{} (with all its other tables)",
-                quote_identifier(name),
-                quote_identifier(schema),
-                quote_identifier(relation)
-            );
+            let relation = format!("{}.{}", quote_identifier(schema), quote_identifier(relation));
+            let [begin, drop, add, commit] = add_again(name, &relation);
             return Ok(Some(Problem::new(
                 "publication-no-column",
                 format!("publication {name:?} does not publish the column {column:?} of {label}"),
-                hint.as_str(),
-                &[
-                    "-- with all its other tables, too; a generated column has to become an ordinary one:",
-                    &format!(
-                        "ALTER PUBLICATION {} SET TABLE {}.{};",
-                        quote_identifier(name),
-                        quote_identifier(schema),
-                        quote_identifier(relation)
-                    ),
-                ],
+                format!(
+                    "it has a column list, or the column is generated, and has to become an ordinary one. Let the publication's owner add \
+                     the column to the list, or take the list away: {begin} {drop} {add} {commit}"
+                ),
+                &["-- a generated column has to become an ordinary one; else:", &begin, &drop, &add, &commit],
             )));
         }
     }

@@ -105,6 +105,8 @@ pub(crate) struct Slot {
     here: String,
     /// The server has removed log that it needed, or has invalidated it for another reason.
     pub(crate) is_lost: bool,
+    /// It needs log beyond the server's limit, which the next checkpoint may remove.
+    pub(crate) is_unreserved: bool,
     /// None while it is being made.
     pub(crate) confirmed: Option<Lsn>,
     /// The process that streams from it.
@@ -132,6 +134,7 @@ impl Slot {
             database: text(database),
             here: text(here),
             is_lost: wal_status.as_deref() == Some("lost"),
+            is_unreserved: wal_status.as_deref() == Some("unreserved"),
             confirmed: confirmed.as_deref().map(str::parse).transpose().map_err(odd)?,
             active_pid: active_pid.clone(),
             is_failover: failover.as_deref() == Some("true"),

@@ -222,6 +222,11 @@ impl Outbox {
         self.route.may_make(topic)
     }
 
+    /// The topic of every row that has none of its own, where the template has no places.
+    pub fn constant_topic(&self) -> Option<String> {
+        self.route.constant()
+    }
+
     /// Whether a record's timestamp is a column's and not the commit's.
     pub fn has_timestamp_column(&self) -> bool {
         !self.table.columns[Field::Timestamp as usize].is_empty()
@@ -331,6 +336,9 @@ mod tests {
             assert_eq!((outbox.slot(name), outbox.slot_name(slot)), (Some(slot), name));
         }
         assert_eq!((outbox.slot("other"), outbox.slot("")), (None, None));
+        assert_eq!(outbox.constant_topic(), None);
+        let constant = table(|t| t.topic = TopicTemplate::parse("orders").unwrap()).unwrap();
+        assert_eq!(constant.constant_topic().as_deref(), Some("orders"));
         let required: Vec<_> = outbox.required_columns().collect();
         assert_eq!(required, ["id", "kind", "aggregateid", "type", "payload", "tenant", "zone"]);
         let optional: Vec<_> = outbox.optional_columns().collect();

@@ -120,6 +120,15 @@ impl Route {
 }
 
 impl Route {
+    /// The name that every row makes; None where it depends on the row.
+    pub(crate) fn constant(&self) -> Option<String> {
+        let literal = |part: &Part<usize>| match part {
+            Part::Literal(text) => Some(text.clone()),
+            Part::Place(_) => None,
+        };
+        self.0.iter().map(literal).collect()
+    }
+
     /// Whether some row could make this name.
     pub(crate) fn may_make(&self, topic: &str) -> bool {
         let mut rest = topic;

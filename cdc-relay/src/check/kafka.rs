@@ -1,8 +1,8 @@
 //! What Kafka needs to be for the relay: its own topics, and those that the outbox's rows go to.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use relay_core::{relay::Delivery, route::is_legal_topic};
+use relay_core::{outbox::Outbox, relay::Delivery, route::is_legal_topic};
 
 use super::Report;
 use crate::{
@@ -18,6 +18,10 @@ use crate::{
 const ROWS_LOOKED_AT: usize = 100_000;
 /// So many of the largest for how large their records are.
 const LARGEST_LOOKED_AT: usize = 20;
+
+/// What a topic of the outbox's rows is proposed to have.
+const PARTITIONS: usize = 6;
+const REPLICAS: usize = 3;
 
 /// Each topic in use, and its largest record that was seen, in bytes.
 pub(super) type InUse = BTreeMap<String, usize>;
@@ -57,10 +61,31 @@ pub(super) fn topics_in_use(
         }
         // What follows is a new connection's.
         Err(e) => {
-            report.note(format!("the outbox's rows were not looked at, nor the topics they go to: {e}"));
+            // The stream needs no right on the table, so this is a choice that one can make.
+            let need = match e.sqlstate.as_deref() {
+                Some("42501") => " (`audit`, `replay` and `init --backfill` read them, too, and would fail)",
+                _ => "",
+            };
+            let grant = e.hint.as_deref().map(|hint| format!(". {hint}")).unwrap_or_default();
+            report.note(format!(
+                "the outbox's rows were not looked at, nor the topics they go to{need}: {e}{grant}"
+            ));
         }
     }
     Ok(topics)
+}
+
+/// The topics that the configuration names, whatever the rows are.
+fn topics_named(settings: &Settings) -> BTreeSet<String> {
+    let source = &settings.source;
+    let mut named: BTreeSet<_> = source.outboxes.iter().filter_map(Outbox::constant_topic).collect();
+    named.extend(source.topic_by_type.values().cloned());
+    if let Some(messages) = &source.messages {
+        // Where some are listed, nothing else is allowed.
+        let constant = messages.outbox.constant_topic().filter(|_| messages.topics.is_empty());
+        named.extend(messages.topics.iter().cloned().chain(constant));
+    }
+    named
 }
 
 /// Looks at the brokers.
@@ -76,7 +101,10 @@ pub(super) fn examine(survey: &Survey, settings: &Settings, in_use: &InUse, repo
         examine_own(survey, settings, name, is_compacted, report);
     }
     for (name, largest) in in_use {
-        examine_topic(survey, settings, name, *largest, report);
+        examine_topic(survey, settings, name, Some(*largest), report);
+    }
+    for name in topics_named(settings).difference(&in_use.keys().cloned().collect()) {
+        examine_topic(survey, settings, name, None, report);
     }
     if settings.delivery != Delivery::AtLeastOnce
         && let Some(most) =
@@ -136,19 +164,33 @@ fn examine_own(survey: &Survey, settings: &Settings, name: &str, is_compacted: b
     }
 }
 
-fn examine_topic(survey: &Survey, settings: &Settings, name: &str, largest: usize, report: &mut Report) {
+/// A topic that rows go to, with their largest in bytes, or that only the configuration names.
+fn examine_topic(
+    survey: &Survey,
+    settings: &Settings,
+    name: &str,
+    largest: Option<usize>,
+    report: &mut Report,
+) {
     match survey.topic(name) {
         Surveyed::Missing => {
+            let who = if largest.is_some() { "rows of the outbox go" } else { "the configuration routes" };
+            let found = format!("{who} to topic {name}, which does not exist");
+            let replicas = survey.brokers.len().clamp(1, REPLICAS);
+            let in_sync = if replicas > 1 { " --config min.insync.replicas=2" } else { "" };
             let create = format!(
-                "kafka-topics.sh --bootstrap-server {} --create --topic {name}",
+                "kafka-topics.sh --bootstrap-server {} --create --topic {name} --partitions {PARTITIONS} \
+                 --replication-factor {replicas}{in_sync}",
                 settings.kafka.brokers
             );
-            let found = format!("rows of the outbox go to topic {name}, which does not exist");
-            report.finding("topic-missing", &"", found, &[&create]);
+            let note = "# as many partitions as consumers of a group may ever share: to add some later moves keys to others";
+            report.finding("topic-missing", &"", found, &[note, &create]);
         }
         Surveyed::Topic { partitions, settings: there } => {
             let limit = there.get("max.message.bytes").and_then(|bytes| bytes.parse::<usize>().ok());
-            if let Some(limit) = limit.filter(|limit| *limit < largest) {
+            if let (Some(limit), Some(largest)) = (limit, largest)
+                && limit < largest
+            {
                 let found = format!(
                     "max.message.bytes of {name} is {limit}, and the outbox has a row that makes {largest}"
                 );

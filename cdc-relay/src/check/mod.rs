@@ -3,6 +3,7 @@
 mod certificates;
 mod failover;
 mod kafka;
+mod position;
 mod server;
 
 use serde::Serialize;
@@ -63,10 +64,15 @@ pub(crate) fn examine(settings: &Settings) -> Report {
     let mut report = Report::default();
     certificates::examine_files(settings, &mut report);
     let in_use = examine_postgres(settings, &mut report);
+    let is_answered = in_use.is_some();
+    let in_use = in_use.unwrap_or_default();
     match Survey::begin(&settings.kafka) {
         Ok(survey) => {
             kafka::examine(&survey, settings, &in_use, &mut report);
             certificates::examine_brokers(settings, &survey.brokers, &mut report);
+            if is_answered {
+                position::examine(settings, &mut report);
+            }
         }
         Err(e) => {
             report.error(["kafka-away", "kafka-refused"], e, "look whether Kafka runs, and at kafka.brokers");
@@ -86,7 +92,8 @@ fn bootstrap(brokers: &str) -> Vec<String> {
     brokers.split(',').map(place).filter(|place| !place.is_empty()).collect()
 }
 
-fn examine_postgres(settings: &Settings, report: &mut Report) -> InUse {
+/// None where it could not be looked at.
+fn examine_postgres(settings: &Settings, report: &mut Report) -> Option<InUse> {
     let looked = examine_server(settings, report);
     // Also where none takes writes, which it then tells by its name.
     let followed = failover::examine(settings, report);
@@ -96,7 +103,7 @@ fn examine_postgres(settings: &Settings, report: &mut Report) -> InUse {
         let look_at = "look whether the server runs, and at postgres.url";
         report.error(["postgres-away", "postgres-refused"], e, look_at);
     }
-    looked.unwrap_or_default()
+    looked.ok()
 }
 
 fn examine_server(settings: &Settings, report: &mut Report) -> Result<InUse, Error> {

@@ -51,6 +51,15 @@ fn setting(connection: &mut Connection, name: &str) -> Result<String, Error> {
     Ok(value.unwrap_or_default())
 }
 
+/// The statement that limits the log that slots keep, to more than they keep now.
+fn set_log_limit(connection: &mut Connection) -> Result<String, Error> {
+    // It limits all that is kept, so what is kept now has to fit.
+    let sql = "SELECT CASE WHEN NOT pg_is_in_recovery() THEN (SELECT ceil(max(pg_wal_lsn_diff(pg_current_wal_lsn(), \
+               restart_lsn)) / (1 << 30))::int8 FROM pg_replication_slots) END";
+    let kept_gib: u64 = connection.value(sql, &[])?.and_then(|n| n.parse().ok()).unwrap_or(0);
+    Ok(format!("ALTER SYSTEM SET max_slot_wal_keep_size = '{}GB';", (2 * kept_gib).max(10)))
+}
+
 fn examine_settings(connection: &mut Connection, report: &mut Report) -> Result<(), Error> {
     let place = connection.place().clone();
     let level = setting(connection, "wal_level")?;
@@ -63,11 +72,7 @@ fn examine_settings(connection: &mut Connection, report: &mut Report) -> Result<
         );
     }
     if setting(connection, "max_slot_wal_keep_size")? == "-1" {
-        // It limits all that is kept, so what is kept now has to fit.
-        let sql = "SELECT CASE WHEN NOT pg_is_in_recovery() THEN (SELECT ceil(max(pg_wal_lsn_diff(pg_current_wal_lsn(), \
-                   restart_lsn)) / (1 << 30))::int8 FROM pg_replication_slots) END";
-        let kept_gib: u64 = connection.value(sql, &[])?.and_then(|n| n.parse().ok()).unwrap_or(0);
-        let limit_gib = (2 * kept_gib).max(10);
+        let limit = set_log_limit(connection)?;
         report.finding(
             "log-without-limit",
             &place,
@@ -75,7 +80,7 @@ fn examine_settings(connection: &mut Connection, report: &mut Report) -> Result<
              full and the database stops",
             &[
                 "-- less than what the slots keep now and the disk has left; beyond it a slot is lost, and the database lives:",
-                &format!("ALTER SYSTEM SET max_slot_wal_keep_size = '{limit_gib}GB';"),
+                &limit,
                 RELOAD,
             ],
         );
@@ -158,6 +163,9 @@ fn examine_slot(connection: &mut Connection, settings: &Settings, report: &mut R
         );
         return Ok(());
     }
+    if slot.is_unreserved {
+        tell_unreserved(connection, name, report)?;
+    }
     let Some(pid) = &slot.active_pid else {
         let sql = "SELECT pg_size_pretty(pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)) \
                    FROM pg_replication_slots WHERE slot_name = $1";
@@ -184,6 +192,25 @@ fn examine_slot(connection: &mut Connection, settings: &Settings, report: &mut R
             &["-- once that program may be stopped:", &format!("SELECT pg_terminate_backend({pid});")],
         );
     }
+    Ok(())
+}
+
+fn tell_unreserved(connection: &mut Connection, name: &str, report: &mut Report) -> Result<(), Error> {
+    let place = connection.place().clone();
+    let limit = set_log_limit(connection)?;
+    report.finding(
+        "slot-unreserved",
+        &place,
+        format!(
+            "slot {name:?} needs more log than max_slot_wal_keep_size lets it keep: the server's next checkpoint may remove that, and \
+             the slot is lost then"
+        ),
+        &[
+            "-- at once; less than the disk has left. Then see why the slot lags: cdc-relay status",
+            &limit,
+            RELOAD,
+        ],
+    );
     Ok(())
 }
 

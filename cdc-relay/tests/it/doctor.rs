@@ -106,6 +106,9 @@ fn the_role_and_the_publication() {
         ("ALTER PUBLICATION cdc_relay SET (publish = 'update')", "publication-no-inserts"),
         ("ALTER PUBLICATION cdc_relay SET (publish = 'insert, update')", "publication-more"),
         ("ALTER PUBLICATION cdc_relay DROP TABLE outbox", "publication-no-table"),
+        ("CREATE TABLE other (id int); ALTER PUBLICATION cdc_relay ADD TABLE other", "publication-more-tables"),
+        ("ALTER PUBLICATION cdc_relay ADD TABLES IN SCHEMA public", "publication-more-tables"),
+        ("DROP PUBLICATION cdc_relay; CREATE PUBLICATION cdc_relay FOR ALL TABLES WITH (publish = 'insert')", "publication-all-tables"),
         ("ALTER PUBLICATION cdc_relay SET TABLE outbox WHERE (aggregateid <> 'a')", "publication-filter"),
         (
             "ALTER PUBLICATION cdc_relay SET TABLE outbox (id, aggregatetype, aggregateid, type)",
@@ -115,6 +118,13 @@ fn the_role_and_the_publication() {
         database.run(damage);
         mends(&mut database, &[], finding);
     }
+    // What mends the outbox leaves the other tables in.
+    database.run("ALTER PUBLICATION cdc_relay SET TABLE other, outbox (id, aggregatetype, aggregateid, type)");
+    let lines = find(&database, &[], "publication-no-column").unwrap();
+    lines.iter().filter(|line| !line.starts_with("--")).for_each(|line| database.run(line));
+    let tables = "SELECT count(*) FROM pg_publication_tables WHERE pubname = 'cdc_relay'";
+    assert_eq!((find(&database, &[], "publication-no-column"), database.number(tables)), (None, 2));
+    mends(&mut database, &[], "publication-more-tables");
     database.run("DROP PUBLICATION cdc_relay");
     database.run(&format!("GRANT CREATE ON DATABASE {name} TO {name}; ALTER TABLE outbox OWNER TO {name}"));
     mends(&mut database, &[], "publication-missing");
@@ -206,11 +216,13 @@ fn the_topics() {
     mends(&mut database, &environment, "own-topic-missing");
     own.configure("cleanup.policy", "delete");
     mends_topic(&database, &environment, "own-topic-forgets", &own);
-    assert!(check(&database, &environment).1["notes"].to_string().contains("were not looked at"));
+    let notes = check(&database, &environment).1["notes"].to_string();
+    assert!(notes.contains("were not looked at") && notes.contains("GRANT SELECT ON"), "{notes}");
     database.run(&format!("GRANT SELECT ON outbox TO {name}"));
     database.insert(&topic.kind, 0, 3);
     let lines = find(&database, &environment, "topic-missing").unwrap();
-    assert!(lines[0].ends_with(&format!("--create --topic {}", topic.name)), "{lines:?}");
+    let create = format!("--create --topic {} --partitions 6 --replication-factor 1", topic.name);
+    assert!(lines[1].ends_with(&create), "{lines:?}");
     topic.create(&[("min.insync.replicas", "2")]);
     mends_topic(&database, &environment, "too-few-replicas", &topic);
     topic.configure("max.message.bytes", "2000");
@@ -221,6 +233,53 @@ fn the_topics() {
         topic.kind
     ));
     mends_topic(&database, &environment, "topic-too-small", &topic);
+}
+
+#[test]
+fn topics_that_only_the_configuration_names() {
+    let mut database = Database::new();
+    init(&database);
+    let name = database.name.clone();
+    database.run(&format!("GRANT SELECT ON outbox TO {name}"));
+    for key in ["ROUTE__TOPIC", "ROUTE__BY_TYPE__T", "MESSAGES__TOPICS"] {
+        let topic = Topic::missing(1);
+        let key = format!("CDC_RELAY_{key}");
+        let environment = [(key.as_str(), topic.name.as_str()), ("CDC_RELAY_MESSAGES__PREFIX", "outbox")];
+        let lines = find(&database, &environment, "topic-missing").unwrap();
+        assert!(lines[1].contains(&topic.name), "{lines:?}");
+        topic.create(&[]);
+        eventually("it is there", || find(&database, &environment, "topic-missing").is_none().then_some(()));
+    }
+}
+
+#[test]
+fn a_slot_that_has_left_its_checkpoint_behind() {
+    for delivery in ["at-least-once", "exactly-once"] {
+        let environment = [("CDC_RELAY_KAFKA__DELIVERY", delivery)];
+        let (mut database, topic) = (Database::new(), Topic::new(1, &[]));
+        let (name, slot) = (database.name.clone(), database.slot.clone());
+        database.run(&format!("GRANT SELECT ON outbox TO {name}"));
+        database.run(&format!("SELECT pg_create_logical_replication_slot('{slot}', 'pgoutput')"));
+        mends(&mut database, &environment, "position-in-doubt");
+        database.insert(&topic.kind, 0, 1);
+        database.run("DELETE FROM outbox");
+        database.run(&format!("SELECT pg_replication_slot_advance('{slot}', pg_current_wal_lsn())"));
+        let lines = find(&database, &environment, "position-in-doubt").unwrap();
+        assert_eq!(lines[3], "cdc-relay accept-gap --yes");
+        mends(&mut database, &environment, "position-in-doubt");
+    }
+}
+
+#[test]
+fn a_slot_that_will_be_lost_at_the_next_checkpoint() {
+    let alone = Alone::start(&[("fsync", "on"), ("max_slot_wal_keep_size", "1MB"), ("checkpoint_timeout", "1h")]);
+    let mut database = alone.database();
+    init(&database);
+    for _ in 0..4 {
+        database.run("CREATE TABLE IF NOT EXISTS filler (x text); INSERT INTO filler VALUES ('x')");
+        database.run("SELECT pg_switch_wal()");
+    }
+    mends(&mut database, &[], "slot-unreserved");
 }
 
 #[test]
