@@ -54,6 +54,7 @@ pub(crate) fn run(shared: &Shared, wakeups: &Wakeups) -> Result<(), Failure> {
                     let what = format!("nothing went on for {seconds} s, the last error: {error}");
                     return Err(Failure::new(exit::Kind::GaveUp, what));
                 }
+                shared.health.failed(error.message.clone());
                 shared.health.not_ready("reconnecting", error.message.clone());
                 tracing::warn!(retry_in_ms = course.backoff.as_millis(), "{error}");
                 pause(shared, wakeups, course.backoff.mul_f64(0.5 + fastrand::f64() / 2.0));

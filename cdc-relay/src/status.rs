@@ -13,6 +13,7 @@ use crate::{
     error::{Error, Kind},
     ledger::{Ledger, Owner},
     replication::{connection::Connection, handshake::Purpose, stream::identify},
+    wal,
 };
 
 /// Between the two looks that tell how fast the log grows.
@@ -43,7 +44,7 @@ pub(crate) struct Look {
     pub(crate) wal_bytes_per_second: Option<f64>,
     /// What may be written until the slot is lost; None where the server sets no limit.
     pub(crate) safe_wal_bytes: Option<i64>,
-    /// At the present rate, if the slot stays where it is.
+    /// At the present rate, if the slot stays where it is; 0 where it is beyond the limit.
     pub(crate) seconds_to_slot_loss: Option<f64>,
     pub(crate) checkpoint: Option<Checkpoint>,
     pub(crate) relay: Option<Relay>,
@@ -73,12 +74,21 @@ pub(crate) struct Relay {
     pub(crate) url: String,
     pub(crate) ready: Option<bool>,
     pub(crate) state: Option<String>,
-    /// Why it is not ready, the last error above all.
+    /// Why it is not ready.
     pub(crate) detail: Option<String>,
     pub(crate) in_flight_records: Option<u64>,
     pub(crate) in_flight_bytes: Option<u64>,
     /// Errors since it was started, by kind.
     pub(crate) errors: BTreeMap<String, u64>,
+    /// Of those, the last one after which it tried again.
+    pub(crate) last_error: Option<LastError>,
+}
+
+/// What went wrong, and when.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct LastError {
+    pub(crate) at: Option<String>,
+    pub(crate) message: String,
 }
 
 /// Looks at it all.
@@ -144,8 +154,8 @@ impl Look {
             None => None,
         };
         #[expect(clippy::cast_precision_loss, reason = "no disk has 2^52 bytes")]
-        let left = self.safe_wal_bytes.map(|bytes| bytes.max(0) as f64);
-        self.seconds_to_slot_loss = left.filter(|_| rate > 0.0).map(|bytes| bytes / rate);
+        let left = self.safe_wal_bytes.map(|bytes| bytes as f64);
+        self.seconds_to_slot_loss = left.and_then(|bytes| wal::seconds_to_loss(bytes, rate));
         Ok(())
     }
 
@@ -203,6 +213,7 @@ impl Relay {
     fn parse(url: &str, health: &str, metrics: &str) -> Self {
         let health: serde_json::Value = serde_json::from_str(health).unwrap_or_default();
         let text = |name: &str| health[name].as_str().map(str::to_owned);
+        let last = |name: &str| health["lastError"][name].as_str().map(str::to_owned);
         let gauge = |name: &str| {
             metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok())
         };
@@ -219,6 +230,7 @@ impl Relay {
             in_flight_records: gauge("cdc_relay_in_flight_records"),
             in_flight_bytes: gauge("cdc_relay_in_flight_bytes"),
             errors: errors.collect(),
+            last_error: last("message").map(|message| LastError { at: last("at"), message }),
         }
     }
 }
@@ -233,11 +245,14 @@ mod tests {
              cdc_relay_errors_total{kind=\"halted\"} 0\n# EOF";
         let relay = Relay::parse("http://x", r#"{"ready":true,"state":"streaming"}"#, metrics);
         assert_eq!(
-            (relay.ready, relay.state.as_deref(), relay.detail),
+            (relay.ready, relay.state.as_deref(), relay.detail.as_deref()),
             (Some(true), Some("streaming"), None)
         );
         assert_eq!((relay.in_flight_records, relay.in_flight_bytes), (Some(3), None));
         assert_eq!(relay.errors, BTreeMap::from([("postgres_away".into(), 2)]));
+        let health = r#"{"ready":true,"state":"streaming","lastError":{"at":"2026-01-01T00:00:00Z","message":"gone"}}"#;
+        let last = LastError { at: Some("2026-01-01T00:00:00Z".into()), message: "gone".into() };
+        assert_eq!((relay.last_error, Relay::parse("", health, "").last_error), (None, Some(last)));
         let other = Relay::parse("http://x", "<html>", "");
         assert_eq!((other.ready, other.state, other.in_flight_records), (None, None, None));
     }

@@ -1,8 +1,9 @@
 //! Liveness, readiness and metrics over HTTP.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use axum::{Json, Router, extract::State, http::StatusCode, response::IntoResponse, routing::get};
+use chrono::{SecondsFormat, Utc};
 use prometheus_client::registry::Registry;
 use serde::Serialize;
 
@@ -20,6 +21,16 @@ struct Readiness {
     /// Why it is not ready, or what else a reader should know; empty when there is nothing to say.
     #[serde(skip_serializing_if = "String::is_empty")]
     detail: String,
+    /// What went wrong last, also once it is over.
+    #[serde(rename = "lastError", skip_serializing_if = "Option::is_none")]
+    last_error: Option<LastError>,
+}
+
+#[derive(Debug, Clone, Serialize)]
+struct LastError {
+    /// RFC 3339.
+    at: String,
+    message: String,
 }
 
 impl Default for Health {
@@ -28,6 +39,7 @@ impl Default for Health {
             ready: false,
             state: "starting".into(),
             detail: String::new(),
+            last_error: None,
         })))
     }
 }
@@ -48,9 +60,19 @@ impl Health {
         self.set(false, state, detail.into());
     }
 
+    /// Something went wrong just now; it is told until something else does.
+    pub fn failed(&self, message: impl Into<String>) {
+        let at = Utc::now().to_rfc3339_opts(SecondsFormat::Millis, true);
+        self.lock().last_error = Some(LastError { at, message: message.into() });
+    }
+
     fn set(&self, ready: bool, state: &str, detail: String) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) =
-            Readiness { ready, state: state.into(), detail };
+        let mut now = self.lock();
+        (now.ready, now.state, now.detail) = (ready, state.into(), detail);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Readiness> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether the service can do its work.
@@ -64,7 +86,7 @@ impl Health {
     }
 
     fn get(&self) -> Readiness {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.lock().clone()
     }
 }
 

@@ -10,7 +10,7 @@ use super::relay_api::relay_url;
 use crate::{
     config::Settings,
     error::Error,
-    status::{self, Checkpoint, Look, Relay},
+    status::{self, Checkpoint, LastError, Look, Relay},
 };
 
 /// What lasts longer lasts long enough: two years.
@@ -39,9 +39,6 @@ pub(super) fn status(settings: &Settings, status: &Status) -> Result<(), Failure
 }
 
 fn print(status: &Look) {
-    let line = |name: &str, value: Option<String>| {
-        service::say!("{name:<16} {}", or_dash(&value.unwrap_or_default()));
-    };
     let seconds = |seconds: Option<f64>| seconds.map(|seconds| format!("{seconds:.1} s"));
     let lsn = |bytes: Option<i64>, lsn: &Option<String>| {
         let lsn = lsn.as_ref().map(|lsn| format!(", at {lsn}")).unwrap_or_default();
@@ -83,7 +80,14 @@ fn print(status: &Look) {
             .as_ref()
             .map(|Checkpoint { lsn, at, instance, .. }| format!("{lsn}, {at}, by {instance}")),
     );
-    let relay = status.relay.as_ref();
+    print_relay(status.relay.as_ref());
+    for note in &status.notes {
+        service::say!("note: {}", or_dash(note));
+    }
+}
+
+/// What the relay says of itself.
+fn print_relay(relay: Option<&Relay>) {
     line(
         "relay",
         relay.map(|Relay { url, state, .. }| {
@@ -100,7 +104,15 @@ fn print(status: &Look) {
         if errors.is_empty() { "none".into() } else { errors.join(", ") }
     });
     line("  errors so far", errors);
-    for note in &status.notes {
-        service::say!("note: {}", or_dash(note));
-    }
+    let last = relay.and_then(|relay| relay.last_error.as_ref());
+    line(
+        "  last error",
+        last.map(|LastError { at, message }| {
+            format!("{}, {message}", or_dash(at.as_deref().unwrap_or_default()))
+        }),
+    );
+}
+
+fn line(name: &str, value: Option<String>) {
+    service::say!("{name:<16} {}", or_dash(&value.unwrap_or_default()));
 }

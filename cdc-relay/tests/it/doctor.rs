@@ -14,6 +14,7 @@ use crate::{
     pair::Alone,
     relay::{command, init},
     stack::{Stack, folder},
+    status::{AWAY, status},
     topics::Topic,
 };
 
@@ -106,9 +107,15 @@ fn the_role_and_the_publication() {
         ("ALTER PUBLICATION cdc_relay SET (publish = 'update')", "publication-no-inserts"),
         ("ALTER PUBLICATION cdc_relay SET (publish = 'insert, update')", "publication-more"),
         ("ALTER PUBLICATION cdc_relay DROP TABLE outbox", "publication-no-table"),
-        ("CREATE TABLE other (id int); ALTER PUBLICATION cdc_relay ADD TABLE other", "publication-more-tables"),
+        (
+            "CREATE TABLE other (id int); ALTER PUBLICATION cdc_relay ADD TABLE other",
+            "publication-more-tables",
+        ),
         ("ALTER PUBLICATION cdc_relay ADD TABLES IN SCHEMA public", "publication-more-tables"),
-        ("DROP PUBLICATION cdc_relay; CREATE PUBLICATION cdc_relay FOR ALL TABLES WITH (publish = 'insert')", "publication-all-tables"),
+        (
+            "DROP PUBLICATION cdc_relay; CREATE PUBLICATION cdc_relay FOR ALL TABLES WITH (publish = 'insert')",
+            "publication-all-tables",
+        ),
         ("ALTER PUBLICATION cdc_relay SET TABLE outbox WHERE (aggregateid <> 'a')", "publication-filter"),
         (
             "ALTER PUBLICATION cdc_relay SET TABLE outbox (id, aggregatetype, aggregateid, type)",
@@ -119,7 +126,8 @@ fn the_role_and_the_publication() {
         mends(&mut database, &[], finding);
     }
     // What mends the outbox leaves the other tables in.
-    database.run("ALTER PUBLICATION cdc_relay SET TABLE other, outbox (id, aggregatetype, aggregateid, type)");
+    database
+        .run("ALTER PUBLICATION cdc_relay SET TABLE other, outbox (id, aggregatetype, aggregateid, type)");
     let lines = find(&database, &[], "publication-no-column").unwrap();
     lines.iter().filter(|line| !line.starts_with("--")).for_each(|line| database.run(line));
     let tables = "SELECT count(*) FROM pg_publication_tables WHERE pubname = 'cdc_relay'";
@@ -272,13 +280,15 @@ fn a_slot_that_has_left_its_checkpoint_behind() {
 
 #[test]
 fn a_slot_that_will_be_lost_at_the_next_checkpoint() {
-    let alone = Alone::start(&[("fsync", "on"), ("max_slot_wal_keep_size", "1MB"), ("checkpoint_timeout", "1h")]);
+    let alone =
+        Alone::start(&[("fsync", "on"), ("max_slot_wal_keep_size", "1MB"), ("checkpoint_timeout", "1h")]);
     let mut database = alone.database();
     init(&database);
     for _ in 0..4 {
         database.run("CREATE TABLE IF NOT EXISTS filler (x text); INSERT INTO filler VALUES ('x')");
         database.run("SELECT pg_switch_wal()");
     }
+    assert_eq!(status(&database, AWAY, &[])["seconds_to_slot_loss"], 0.0);
     mends(&mut database, &[], "slot-unreserved");
 }
 

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use crate::{
-    database::Database,
+    database::{Database, eventually},
     relay::{Relay, command, init},
 };
 
@@ -62,6 +62,23 @@ fn it_agrees_with_the_server_and_the_relay() {
     let application = held["holder"]["application"].as_str().unwrap();
     assert!(application.ends_with(&format!("/{}", relay.child.id())), "{application}");
     assert_eq!(held["relay"]["in_flight_records"], 0);
+
+    // What went wrong is told also once it is over.
+    assert!(held["relay"]["last_error"].is_null(), "{held}");
+    let url = relay.url().unwrap();
+    database.run(&format!(
+        "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = '{slot}'"
+    ));
+    let over = eventually("it streams again", || {
+        let relay = status(&database, &url, &[])["relay"].take();
+        (relay["state"] == "streaming" && !relay["last_error"].is_null()).then_some(relay)
+    });
+    let error = &over["last_error"];
+    assert!(relay.log().contains(error["message"].as_str().unwrap()), "{over}");
+    let told = command(&database).args(["status", "--relay", &url]).output().unwrap();
+    let told = String::from_utf8_lossy(&told.stdout).into_owned();
+    let at = error["at"].as_str().unwrap();
+    assert!(told.lines().any(|line| line.contains("last error") && line.contains(at)), "{told}");
 
     let brief =
         [("CDC_RELAY_POSTGRES__CONNECT_TIMEOUT_SECONDS", "1"), ("CDC_RELAY_KAFKA__BROKERS", "127.0.0.1:1")];
