@@ -238,12 +238,12 @@ impl Metrics {
         r.register("in_flight_bytes", "Bytes of the in-flight limit in use", self.in_flight_bytes.clone());
         r.register(
             "received_lsn",
-            "Position in the log up to which the stream was read, as a number",
+            "Position in the log up to which the stream was read, as a number; absent while this relay does not stream",
             self.received_lsn.clone(),
         );
         r.register(
             "confirmed_lsn",
-            "Position in the log up to which everything is in Kafka, as a number",
+            "Position in the log up to which everything is in Kafka, as a number; absent while this relay does not stream",
             self.confirmed_lsn.clone(),
         );
         r.register("sessions", "Replication sessions started", self.sessions.clone());
@@ -376,6 +376,7 @@ impl Metrics {
         self.standby.set(i64::from(state == State::Standby));
         if !has_slot {
             self.lag.forget();
+            self.forget_positions();
             self.in_flight_records.set(0);
             self.in_flight_bytes.set(0);
             self.parked_aggregates.set(None);
@@ -397,8 +398,17 @@ impl Metrics {
         self.commit_to_acknowledgement.observe_us(clock::us_since(committed_at_us));
     }
 
+    /// Positions are those of a slot that this relay has.
+    fn forget_positions(&self) {
+        self.received_lsn.set(None);
+        self.confirmed_lsn.set(None);
+    }
+
     /// Says how the slot is.
     pub(crate) fn slot(&self, view: &SlotView) {
+        if matches!(view.wal_status.as_deref(), Some("lost" | "missing")) {
+            self.forget_positions();
+        }
         self.slot_wal_status.set(view.wal_status.as_deref());
         for (gauge, value) in [
             (&self.slot_confirmed_lag_bytes, view.confirmed_lag_bytes),

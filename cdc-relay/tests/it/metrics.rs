@@ -162,5 +162,14 @@ fn readiness_follows_the_oldest_record(stack: &Stack) {
     topic.read(500);
     eventually("it goes on", || is_in(&relay, "streaming").then_some(()));
     eventually("nothing lags", || of_slot(&relay, &database, "lag_seconds").filter(|lag| *lag == 0.0));
+
+    // Without a session there is no position.
+    let positions = || ["received_lsn", "confirmed_lsn"].map(|lsn| relay.metric(&format!("cdc_relay_{lsn}")));
+    assert!(positions().iter().all(Option::is_some));
+    stack.stop("postgres");
+    eventually("it tries to connect", || is_in(&relay, "connecting").then_some(()));
+    assert_eq!(positions(), [None, None]);
+    stack.start_again("postgres");
+    eventually("they are known again", || positions().iter().all(Option::is_some).then_some(()));
     relay.stop();
 }
