@@ -49,6 +49,8 @@ pub(crate) struct Report {
     pub(crate) confirmed: Lsn,
     pub(crate) failover: Failover,
     pub(crate) checkpoint: Made,
+    /// What a backfill publishes that was published before.
+    pub(crate) repeats: Option<String>,
 }
 
 impl<'a> Desk<'a> {
@@ -131,7 +133,7 @@ impl<'a> Desk<'a> {
             self.write_checkpoint(confirmed, 0)?;
             Made::Created
         };
-        Ok(Report { publication, slot, confirmed, failover, checkpoint })
+        Ok(Report { publication, slot, confirmed, failover, checkpoint, repeats: None })
     }
 
     /// Makes a slot, publishes what was in the outboxes when it was made, and then writes the first checkpoint. What an
@@ -144,15 +146,18 @@ impl<'a> Desk<'a> {
         let publication = publication::make(&mut self.connection, settings)?;
         backfill::rehearse(&mut self.connection, settings, plan)?;
         let mut failover = settings.failover;
-        if let Some(slot) = self.slot()? {
-            let begun = self.ledger.checkpoint.as_ref().filter(|checkpoint| checkpoint.backfilling);
-            let Some(begun) = begun else { return Err(exists(settings, slot.is_lost)) };
+        let slot = self.slot()?;
+        let begun = self.ledger.checkpoint.as_ref().is_some_and(|checkpoint| checkpoint.backfilling);
+        if let Some(slot) = slot.as_ref().filter(|_| !begun) {
+            return Err(exists(settings, slot.is_lost));
+        }
+        let repeats = self.ledger.checkpoint.as_ref().map(repeats);
+        if let Some(repeats) = &repeats {
             tracing::warn!(
-                "the backfill of {} was interrupted and starts over with a new slot: what it has published, under the lsn header {}, \
-                 is published again",
-                begun.at,
-                begun.lsn
+                "the backfill begins with a new slot: {repeats}. Consumers know it by its header id"
             );
+        }
+        if let Some(slot) = slot {
             failover |= slot.is_failover;
             self.connection.query("SELECT pg_drop_replication_slot($1)", &[&settings.slot])?;
         }
@@ -175,7 +180,7 @@ impl<'a> Desk<'a> {
         Scribe::new(settings)?.write(&writer.checkpoint(settings, begins_at.into()))?;
         let failover = if failover { Failover::On } else { Failover::Off };
         let (slot, checkpoint) = (Made::Created, Made::Created);
-        Ok((Report { publication, slot, confirmed: begins_at, failover, checkpoint }, done))
+        Ok((Report { publication, slot, confirmed: begins_at, failover, checkpoint, repeats }, done))
     }
 
     /// The slot as it is.
@@ -246,6 +251,20 @@ impl<'a> Desk<'a> {
         writer.generation = generation;
         let scribe = self.scribe.take().map_or_else(|| Scribe::new(self.settings), Ok)?;
         scribe.write(&writer.checkpoint(self.settings, lsn.into()))
+    }
+}
+
+/// What is published again after this checkpoint by a backfill.
+fn repeats(last: &Checkpoint) -> String {
+    let Checkpoint { at, lsn, .. } = last;
+    if last.backfilling {
+        format!(
+            "what the backfill of {at}, which was interrupted, had published, under the lsn header {lsn}, is published again"
+        )
+    } else {
+        format!(
+            "of these rows, what the slot before it had published, up to {lsn} of {at}, is published again"
+        )
     }
 }
 

@@ -46,7 +46,7 @@ pub(super) fn init(settings: &Settings, command: Init) -> Result<(), Failure> {
             (report, Some(done))
         }
     };
-    let Report { publication, slot, confirmed, failover, checkpoint } = report;
+    let Report { publication, slot, confirmed, failover, checkpoint, repeats } = report;
     let said = |made| match made {
         Made::Created => "created",
         Made::Existed => "exists",
@@ -71,6 +71,9 @@ pub(super) fn init(settings: &Settings, command: Init) -> Result<(), Failure> {
             "backfill     {:<24} {rows} rows published, {diverted} of them otherwise than usual",
             settings.slot
         );
+    }
+    if let Some(repeats) = repeats {
+        service::say!("repeats      {:<24} {repeats}", settings.slot);
     }
     service::say!("checkpoint   {:<24} {}", settings.slot, said(checkpoint));
     if failover == Failover::InUse {

@@ -150,6 +150,34 @@ fn an_interrupted_backfill_starts_over_and_repeats_what_it_says() {
 }
 
 #[test]
+fn a_backfill_after_a_slot_that_was_dropped_says_that_it_repeats() {
+    let (mut database, topic) = (database(), Topic::new(1, &[]));
+    init(&database);
+    database.insert(&topic.kind, 0, 5);
+    let relay = Relay::start(&database, &[]);
+    topic.read(5);
+    relay.stop();
+    let slot = database.slot.clone();
+    database.run(&format!("SELECT pg_drop_replication_slot('{slot}')"));
+    database.insert(&topic.kind, 5, 2);
+    let output = backfill(&database, &["--order-by", "place"]);
+    assert!(output.status.success(), "{}", said(&output));
+    for out in [&output.stdout, &output.stderr] {
+        let out = String::from_utf8_lossy(out);
+        assert!(out.contains("had published, up to ") && out.contains("is published again"), "{out}");
+    }
+    let relay = Relay::start(&database, &[]);
+    let (_, report) = audit(&database, &[], &[]);
+    assert_eq!(counts(&report, ["published", "missing", "duplicates"]), [7, 0, 5], "{report}");
+    relay.stop();
+    // Where there was no slot there is nothing to say.
+    let (mut fresh, topic) = (self::database(), Topic::new(1, &[]));
+    fresh.insert(&topic.kind, 0, 1);
+    let output = backfill(&fresh, &["--order-by", "place"]);
+    assert!(output.status.success() && !said(&output).contains("again"), "{}", said(&output));
+}
+
+#[test]
 fn a_polling_outbox_migrates_with_what_it_had_not_published() {
     let (mut database, topic) = (database(), Topic::new(1, &[]));
     database.insert(&topic.kind, 0, 20);
