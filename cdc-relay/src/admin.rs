@@ -127,6 +127,7 @@ pub(crate) struct Metrics {
     pub(crate) retention_deleted: Counter,
     pub(crate) retention_dropped: Counter,
     pub(crate) retention_failures: Counter,
+    pub(crate) retention_overdue: MaybeGauge,
     errors: Family<ErrorLabel, Counter>,
     diverted: Family<DivertedLabels, Counter>,
 }
@@ -167,6 +168,7 @@ impl Default for Metrics {
             retention_deleted: Counter::default(),
             retention_dropped: Counter::default(),
             retention_failures: Counter::default(),
+            retention_overdue: MaybeGauge::default(),
             errors: Family::default(),
             diverted: Family::default(),
         };
@@ -321,6 +323,12 @@ impl Metrics {
             "Attempts to delete or drop that failed; the log says why",
             self.retention_failures.clone(),
         );
+        r.register(
+            "retention_overdue_seconds",
+            "For how long the oldest row has been older than retention.older_than_seconds when it was looked at last; 0 where none is; \
+             absent without retention.mode = \"delete\", and while this relay does not stream",
+            self.retention_overdue.clone(),
+        );
     }
 
     /// What concerns the slot, which all of these have as a label.
@@ -380,6 +388,7 @@ impl Metrics {
             self.in_flight_records.set(0);
             self.in_flight_bytes.set(0);
             self.parked_aggregates.set(None);
+            self.retention_overdue.set(None);
         }
         if state == State::Standby {
             self.kafka_up.set(None);

@@ -23,6 +23,7 @@ use crate::{
         stream::{quote_identifier, quote_literal},
     },
     shared::Shared,
+    wal,
 };
 
 /// Between two looks, of the age from which on something may go; within bounds.
@@ -75,6 +76,8 @@ struct Pass<'a> {
     settings: &'a Settings,
     stop: &'a Receiver<()>,
     connection: Connection,
+    /// How long the oldest row of the outboxes so far has been due to go, in seconds.
+    overdue_seconds: f64,
 }
 
 impl<'a> Pass<'a> {
@@ -98,7 +101,7 @@ impl<'a> Pass<'a> {
         ] {
             connection.simple_query(sql)?;
         }
-        Ok(Self { shared, settings, stop, connection })
+        Ok(Self { shared, settings, stop, connection, overdue_seconds: 0.0 })
     }
 
     fn run(&mut self) -> Result<(), Error> {
@@ -127,6 +130,7 @@ impl<'a> Pass<'a> {
             quote_literal(xmin)
         );
         let table = name(outbox);
+        self.tell_overdue(outbox, column, before)?;
         let some =
             self.connection.value(&format!("SELECT EXISTS (SELECT FROM {table} WHERE {old})::text"), &[]);
         if some.map_err(|e| self.explain(outbox, e))?.as_deref() != Some("true") || !self.is_confirmed()? {
@@ -147,6 +151,21 @@ impl<'a> Pass<'a> {
                 break;
             }
         }
+        Ok(())
+    }
+
+    /// Says how long the oldest row has been due to go: a transaction that does not end keeps rows, and nothing fails.
+    fn tell_overdue(&mut self, outbox: &Outbox, column: &str, before: &str) -> Result<(), Error> {
+        let sql = format!(
+            "SELECT extract(epoch FROM {}::timestamptz - min({})::timestamptz)::float8::text FROM {}",
+            quote_literal(before),
+            quote_identifier(column),
+            name(outbox)
+        );
+        let seconds = self.connection.value(&sql, &[]).map_err(|e| self.explain(outbox, e))?;
+        let seconds = seconds.and_then(|seconds| seconds.parse().ok()).unwrap_or(0.0);
+        self.overdue_seconds = self.overdue_seconds.max(seconds);
+        self.shared.metrics.retention_overdue.set(Some(self.overdue_seconds));
         Ok(())
     }
 
@@ -265,9 +284,7 @@ impl<'a> Pass<'a> {
 
     /// Waits until the slot has confirmed all that is in the log now; false if that is not to be waited for any more.
     fn is_confirmed(&mut self) -> Result<bool, Error> {
-        let Some(lsn) = self.connection.value("SELECT pg_current_wal_insert_lsn()::text", &[])? else {
-            return Ok(false);
-        };
+        let lsn = wal::end_of_log(&mut self.connection)?.to_string();
         let sql = "SELECT (confirmed_flush_lsn >= $2::text::pg_lsn)::text FROM pg_replication_slots WHERE slot_name = $1";
         while self.goes_on() {
             if self.connection.value(sql, &[&self.settings.slot, &lsn])?.as_deref() == Some("true") {

@@ -91,9 +91,17 @@ fn the_slot_is_shown_as_the_server_sees_it_and_readiness_follows_kafka() {
 
 fn the_slots_gauges_agree_with_the_server_and_the_rules_with_the_gauges(stack: &Stack) {
     let mut database = Database::on(&stack.servers);
-    let dead_letter = ("CDC_RELAY_POISON__TOO_LARGE", "dead-letter");
-    assert!(command(&database).arg("init").envs([dead_letter]).status().unwrap().success());
-    let relay = Relay::start(&database, &[dead_letter]);
+    let environment = [
+        ("CDC_RELAY_POISON__TOO_LARGE", "dead-letter"),
+        ("CDC_RELAY_RETENTION__MODE", "delete"),
+        ("CDC_RELAY_RETENTION__OLDER_THAN_SECONDS", "10"),
+    ];
+    let name = database.name.clone();
+    database.run(&format!(
+        "ALTER TABLE outbox ADD created_at timestamptz; GRANT SELECT, DELETE ON outbox TO {name}"
+    ));
+    assert!(command(&database).arg("init").envs(environment).status().unwrap().success());
+    let relay = Relay::start(&database, &environment);
 
     // A transaction that is open keeps log for the slot behind what is confirmed.
     database.run("CREATE TABLE busy (n int, filler text)");
@@ -130,6 +138,9 @@ fn the_slots_gauges_agree_with_the_server_and_the_rules_with_the_gauges(stack: &
     assert_eq!(relay.labelled("cdc_relay_slot_wal_status", "status=\"lost\""), Some(0.0));
     database.runtime.block_on(open.close()).unwrap();
 
+    let overdue =
+        eventually("the outbox was looked at", || relay.metric("cdc_relay_retention_overdue_seconds"));
+    assert_eq!(overdue.to_bits(), 0.0_f64.to_bits(), "the outbox is empty");
     let words = RULES.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
     let named: BTreeSet<_> = words.filter(|word| word.starts_with("cdc_relay_")).collect();
     assert!(named.len() > 10, "{named:?}");

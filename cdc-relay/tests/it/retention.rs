@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use rdkafka::{Message as _, message::OwnedMessage};
-use sqlx::Row as _;
+use sqlx::{Connection as _, Executor as _, PgConnection, Row as _};
 
 use crate::{
     database::{Database, eventually},
@@ -162,6 +162,25 @@ fn nothing_leaves_that_is_young_or_not_confirmed() {
     });
     assert_eq!(database.number("SELECT min((payload ->> 'n')::int)::int8 FROM outbox"), 150);
     assert_eq!(database.number("SELECT count(*) FROM outbox"), 50);
+    relay.stop();
+}
+
+#[test]
+fn what_an_open_transaction_keeps_is_told() {
+    let (mut database, topic) = (with_age(Database::new()), Topic::new(1, &[]));
+    let relay = Relay::start(&database, &DELETE);
+    let mut open = database.runtime.block_on(PgConnection::connect_with(&database.options)).unwrap();
+    database.runtime.block_on(open.execute("BEGIN; SELECT pg_current_xact_id()")).unwrap();
+    database.insert(&topic.kind, 0, 1);
+    database.run("UPDATE outbox SET created_at = now() - interval '1 hour'");
+    topic.read(1);
+    let overdue = || relay.metric("cdc_relay_retention_overdue_seconds");
+    eventually("it is told", || overdue().filter(|seconds| *seconds >= 3600.0));
+    assert_eq!(database.number("SELECT count(*) FROM outbox"), 1);
+    assert_eq!(relay.metric("cdc_relay_retention_failures_total"), Some(0.0));
+    database.runtime.block_on(open.close()).unwrap();
+    eventually("it has left", || overdue().filter(|seconds| *seconds == 0.0));
+    assert_eq!(database.number("SELECT count(*) FROM outbox"), 0);
     relay.stop();
 }
 
