@@ -2,6 +2,7 @@
 
 mod accept_gap;
 mod audit;
+mod bytes;
 mod check;
 mod dlq;
 mod init;

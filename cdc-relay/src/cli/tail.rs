@@ -12,13 +12,14 @@ use service::{
     table::{cut, printable},
 };
 
+use super::bytes::{hex, text_or_hex};
 use crate::{
     config::Settings,
     error::{Error, Kind},
     tail,
 };
 
-/// The most of a key or a header that a line shows, in characters.
+/// The most of a key, a header or a value that a line shows, in characters.
 const TEXT_CHARS: usize = 80;
 
 #[derive(Debug, clap::Args)]
@@ -67,13 +68,17 @@ fn as_json(Drafted { record, poison }: &Drafted<'_>) -> String {
     put("partition", json!(record.partition));
     put("key", json!(record.key.map(text)));
     put("value_bytes", json!(record.value.map(<[u8]>::len)));
+    match record.value.map(|value| std::str::from_utf8(value).map_err(|_| hex(value))) {
+        Some(Err(hex)) => put("value_hex", json!(hex)),
+        text => put("value", json!(text.and_then(Result::ok))),
+    }
     put("timestamp_ms", json!(record.timestamp_ms));
     put("headers", headers.collect());
     put("poison", json!(poison.as_ref().map(ToString::to_string)));
     Value::Object(object).to_string()
 }
 
-/// In one line: where it goes, its key, how large its value is, and its headers.
+/// In one line: where it goes, its key, how large its value is, its headers, and the beginning of its value.
 fn as_text(Drafted { record, poison }: &Drafted<'_>) -> String {
     let text = |bytes: &[u8]| cut(&printable(&String::from_utf8_lossy(bytes)), TEXT_CHARS);
     let partition = record.partition.map(|partition| format!("/{partition}")).unwrap_or_default();
@@ -85,8 +90,37 @@ fn as_text(Drafted { record, poison }: &Drafted<'_>) -> String {
         // Writing to a String cannot fail.
         let _ = write!(line, " {}={value}", printable(name));
     }
+    if let Some(value) = record.value {
+        let _ = write!(line, "  {}", beginning(value));
+    }
     if let Some(poison) = poison {
         let _ = write!(line, "  CANNOT BE PUBLISHED: {}", printable(&poison.to_string()));
     }
     line
+}
+
+/// As much of a value as a line shows.
+fn beginning(value: &[u8]) -> String {
+    // A character has 4 bytes at most.
+    let shown = &value[..value.len().min(4 * (TEXT_CHARS + 1))];
+    let text = match std::str::from_utf8(value) {
+        Ok(_) => String::from_utf8_lossy(shown).into_owned(),
+        Err(_) => text_or_hex(shown),
+    };
+    cut(&printable(&text), TEXT_CHARS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_value_is_shown_as_text_or_else_in_hexadecimal_and_no_more_of_it_than_fits() {
+        assert_eq!(beginning(b"{\"n\": 1}"), "{\"n\": 1}");
+        assert_eq!(beginning(&[0, 0xff]), "0x00ff");
+        assert_eq!(beginning("\u{e9}\n".as_bytes()).lines().count(), 1);
+        let long = beginning("\u{e9}".repeat(1_000_000).as_bytes());
+        assert_eq!(long, cut(&"\u{e9}".repeat(TEXT_CHARS + 1), TEXT_CHARS));
+        assert_eq!(beginning(&[0xff; 1000]).chars().count(), TEXT_CHARS);
+    }
 }

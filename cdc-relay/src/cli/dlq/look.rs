@@ -15,6 +15,7 @@ use service::{
 
 use super::Filter;
 use crate::{
+    cli::bytes::{hex, text_or_hex},
     config::Settings,
     dlq::archive::{Archive, Entry},
     error::Error,
@@ -168,15 +169,4 @@ fn value_of(entry: &Entry) -> String {
             entry.about.sha256.as_deref().unwrap_or("unknown")
         ),
     }
-}
-
-fn text_or_hex(bytes: &[u8]) -> String {
-    std::str::from_utf8(bytes).map_or_else(|_| format!("0x{}", hex(bytes)), ToOwned::to_owned)
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::with_capacity(2 * bytes.len()), |mut out, byte| {
-        let _ = write!(out, "{byte:02x}");
-        out
-    })
 }
