@@ -46,6 +46,18 @@ fn mend(pair: &Pair, report: &Value) {
 const LIMITED: [Setting<'_>; 2] = [("max_slot_wal_keep_size", "1GB"), ("fsync", "on")];
 
 #[test]
+fn that_no_host_takes_writes_is_found_until_one_is_promoted() {
+    let mut pair = Pair::start(&LIMITED, &[]);
+    pair.primary.kill();
+    let (code, report) = check(&pair);
+    assert!(code == Some(65) && names(&report).contains(&"no-primary"), "{report}");
+    let finding = report["findings"].as_array().unwrap().iter().find(|f| f["name"] == "no-primary").unwrap();
+    pair.standby.ask(finding["mend"][1].as_str().unwrap()).unwrap();
+    let report = check(&pair).1;
+    assert!(!names(&report).contains(&"no-primary"), "{report}");
+}
+
+#[test]
 fn what_it_says_mends_what_it_finds() {
     let conninfo = |pair: &Pair, more: &str| {
         let value = format!("host=127.0.0.1 port={} user=postgres{more}", pair.primary.port);

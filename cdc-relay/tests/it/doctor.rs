@@ -147,6 +147,25 @@ fn the_role_and_the_publication() {
     lacks(&[("CDC_RELAY_OUTBOX__PAYLOAD", "nothing")], "column-missing", "mend the column's name");
     lacks(&[("CDC_RELAY_POSTGRES__URL", "postgres://x:x@127.0.0.1:1/x")], "postgres-away", "postgres.url");
     lacks(&[("CDC_RELAY_KAFKA__BROKERS", "127.0.0.1:1")], "kafka-away", "check kafka.brokers");
+    database.run(&format!("ALTER ROLE {name} NOLOGIN"));
+    let lines = find(&database, &[], "postgres-refused").unwrap();
+    assert_eq!(lines.len(), 1, "{lines:?}");
+    database.run(&format!("ALTER ROLE {name} LOGIN"));
+    assert_eq!(find(&database, &[], "postgres-refused"), None);
+}
+
+#[test]
+fn an_outbox_that_is_partitioned_or_a_partition() {
+    let mut database = Database::new();
+    database.run(
+        "CREATE TABLE root (LIKE outbox) PARTITION BY LIST (aggregatetype); CREATE TABLE part PARTITION OF root DEFAULT; \
+         ALTER PUBLICATION cdc_relay SET TABLE root",
+    );
+    mends(&mut database, &[("CDC_RELAY_OUTBOX__TABLE", "root")], "publication-partitions");
+    // Published through its root now, which has to be the outbox then.
+    let lines = find(&database, &[("CDC_RELAY_OUTBOX__TABLE", "part")], "publication-other-table").unwrap();
+    assert!(lines[0].contains("\"public.root\""), "{lines:?}");
+    assert_eq!(find(&database, &[("CDC_RELAY_OUTBOX__TABLE", "root")], "publication-other-table"), None);
 }
 
 #[test]
@@ -226,6 +245,10 @@ fn the_topics() {
     mends_topic(&database, &environment, "own-topic-forgets", &own);
     let notes = check(&database, &environment).1["notes"].to_string();
     assert!(notes.contains("were not looked at") && notes.contains("GRANT SELECT ON"), "{notes}");
+    let (letters, mut dead_letter) = (Topic::new(1, &[("retention.ms", "86400000")]), environment.to_vec());
+    dead_letter.push(("CDC_RELAY_POISON__TOO_LARGE", "dead-letter"));
+    dead_letter.push(("CDC_RELAY_POISON__DEAD_LETTER_TOPIC", &letters.name));
+    mends_topic(&database, &dead_letter, "dead-letters-expire", &letters);
     database.run(&format!("GRANT SELECT ON outbox TO {name}"));
     database.insert(&topic.kind, 0, 3);
     let lines = find(&database, &environment, "topic-missing").unwrap();
@@ -335,9 +358,30 @@ fn a_certificate_that_ends() {
     present(2025);
     let lines = eventually("it is found", || find(&database, &environment, "certificate-ends"));
     assert_eq!(lines[1], "SELECT pg_reload_conf();");
+    let soon = authority.certificate_for_days("localhost", 10);
+    alone.server.set(&[
+        ("ssl_cert_file", alone.give(&soon.cert).to_str().unwrap()),
+        ("ssl_key_file", alone.give(&soon.key).to_str().unwrap()),
+    ]);
+    eventually("that it ends soon is found", || {
+        let (code, report) = check(&database, &environment);
+        let findings = report["findings"].to_string();
+        (code == Some(65)
+            && findings.contains("the server's certificate ends on")
+            && findings.contains("days"))
+        .then_some(())
+    });
     present(2099);
     eventually("it is mended", || find(&database, &environment, "certificate-ends").is_none().then_some(()));
     // A file of the relay's own.
+    let soon = authority.certificate_for_days("relay", 10);
+    let environment =
+        [("CDC_RELAY_KAFKA__PROPERTIES__SSL_CERTIFICATE_LOCATION", soon.cert.to_str().unwrap())];
+    assert!(find(&database, &environment, "certificate-ends").is_some());
+    let lasts = authority.certificate_for_days("relay", 40);
+    let environment =
+        [("CDC_RELAY_KAFKA__PROPERTIES__SSL_CERTIFICATE_LOCATION", lasts.cert.to_str().unwrap())];
+    assert_eq!(find(&database, &environment, "certificate-ends"), None);
     let old = authority.certificate("relay", 2025);
     let environment = [("CDC_RELAY_KAFKA__PROPERTIES__SSL_CERTIFICATE_LOCATION", old.cert.to_str().unwrap())];
     let lines = find(&database, &environment, "certificate-ends").unwrap();

@@ -202,6 +202,7 @@ fn kafkas_certificates_passwords_and_permissions_are_held_and_a_refusal_says_wha
         scope.spawn(|| permissions_of_transactions(secure));
         scope.spawn(|| without_permissions(secure));
         scope.spawn(|| a_refusal_that_heals_is_forgotten(secure));
+        scope.spawn(|| what_is_refused_is_found(secure));
         scope.spawn(|| a_certificate_that_is_over_is_told(secure));
         let certificate = secure.ours.certificate("relay", 2099);
         publishes(secure, mutual, &with(secure.tls(), &client_certificate(&certificate)));
@@ -306,6 +307,29 @@ fn a_certificate_that_is_over_is_told(secure: &Secure) {
     let certificate = secure.ours.certificate("looks", 2099);
     let report = check(&secure.mutual, &with(secure.tls(), &client_certificate(&certificate)));
     assert!(!report.contains(over), "{report}");
+}
+
+/// By `cdc-relay check`, and no more once it is granted.
+fn what_is_refused_is_found(secure: &Secure) {
+    let mut database = secure.database();
+    let name = database.name.clone();
+    database.run(&format!("GRANT SELECT ON outbox TO {name}"));
+    let topic = secure.topic(&[], &[]);
+    database.insert(&topic.kind, 0, 1);
+    let find = |password: &str, finding: &str| {
+        let environment = environment(&secure.scram, &secure.sasl("relay", password));
+        let output = command(&database).args(["check", "--json"]).envs(environment).output().unwrap();
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        let findings = report["findings"].as_array().unwrap();
+        findings.iter().find(|found| found["name"] == finding).map(|found| found["mend"][0].to_string())
+    };
+    let mend = find("another password", "kafka-refused").unwrap();
+    assert!(mend.contains("sasl.password"), "{mend}");
+    assert_eq!(find(PASSWORD, "kafka-refused"), None);
+    let mend = find(PASSWORD, "topic-not-allowed").unwrap();
+    assert!(mend.contains(&format!("kafka-acls.sh --add --producer --topic {}", topic.name)), "{mend}");
+    secure.allow("User:relay", &[Operation::Write], &topic.name);
+    assert_eq!(find(PASSWORD, "topic-not-allowed"), None);
 }
 
 fn a_refusal_that_heals_is_forgotten(secure: &Secure) {
