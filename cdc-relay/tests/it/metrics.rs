@@ -12,6 +12,7 @@ use crate::{
 };
 
 const RULES: &str = include_str!("../../alerts/cdc-relay.rules.yml");
+const OPERATING: &str = include_str!("../../../OPERATING.md");
 
 /// A metric that has the slot for a label.
 fn of_slot(relay: &Relay, database: &Database, name: &str) -> Option<f64> {
@@ -20,6 +21,43 @@ fn of_slot(relay: &Relay, database: &Database, name: &str) -> Option<f64> {
 
 fn is_in(relay: &Relay, state: &str) -> bool {
     relay.labelled("cdc_relay_state", &format!("state=\"{state}\"")) == Some(1.0)
+}
+
+/// What a link to a heading of a document ends with.
+fn anchors(document: &str) -> BTreeSet<String> {
+    let mut is_code = false;
+    let headings = document.lines().filter_map(|line| {
+        is_code ^= line.trim_start().starts_with("```");
+        line.strip_prefix('#').filter(|_| !is_code)
+    });
+    let kept = |c: &char| c.is_alphanumeric() || matches!(c, ' ' | '-' | '_');
+    let anchor = |heading: &str| {
+        let heading = heading.trim_start_matches('#').trim().to_lowercase();
+        heading.chars().filter(kept).map(|c| if c == ' ' { '-' } else { c }).collect()
+    };
+    headings.map(anchor).collect()
+}
+
+#[test]
+fn every_alert_has_its_paragraph() {
+    let anchors = anchors(OPERATING);
+    let value = |key: &'static str| RULES.lines().filter_map(move |line| line.trim_start().strip_prefix(key));
+    let alerts: Vec<_> = value("- alert: ").collect();
+    let books: Vec<_> = value("runbook_url: ").collect();
+    assert!(alerts.len() > 10 && alerts.len() == books.len(), "{alerts:?} {books:?}");
+    for (alert, book) in alerts.iter().zip(&books) {
+        let anchor = book.strip_prefix("OPERATING.md#").unwrap();
+        assert!(anchors.contains(anchor), "{alert} points to {book}");
+        let row =
+            OPERATING.lines().find(|line| line.starts_with('|') && line.contains(&format!("`{alert}`")));
+        assert!(
+            row.is_some_and(|row| row.contains(&format!("(#{anchor})"))),
+            "{alert} in the table of symptoms"
+        );
+    }
+    for link in OPERATING.split("](#").skip(1).filter_map(|rest| rest.split(')').next()) {
+        assert!(anchors.contains(link), "#{link}");
+    }
 }
 
 #[test]
