@@ -12,7 +12,7 @@ use service::{
     table::{cut, printable},
 };
 
-use super::bytes::{hex, text_or_hex};
+use super::bytes::hex;
 use crate::{
     config::Settings,
     error::{Error, Kind},
@@ -105,7 +105,7 @@ fn beginning(value: &[u8]) -> String {
     let shown = &value[..value.len().min(4 * (TEXT_CHARS + 1))];
     let text = match std::str::from_utf8(value) {
         Ok(_) => String::from_utf8_lossy(shown).into_owned(),
-        Err(_) => text_or_hex(shown),
+        Err(_) => format!("0x{}", hex(shown)),
     };
     cut(&printable(&text), TEXT_CHARS)
 }
