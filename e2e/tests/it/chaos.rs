@@ -7,6 +7,9 @@ use crate::stack::{self, tell};
 /// Every kind of fault comes once in the first eighteen.
 const FAULTS: u64 = 20;
 
+/// The least that the relay takes, in bytes: the load's larger transactions of Postgres are more than one of Kafka's.
+const SPLIT: (&str, &str) = ("CDC_RELAY_TRANSACTIONS__BYTES", "16384");
+
 /// Runs a campaign in a folder that is gone afterwards; what it printed.
 fn campaign(delivery: &str, seed: u64) -> Value {
     let _alone = stack::alone();
@@ -14,6 +17,7 @@ fn campaign(delivery: &str, seed: u64) -> Value {
     let mut chaos = stack::xtask();
     chaos.args(["chaos", "--no-build", "--json", "--delivery", delivery, "--dir"]).arg(&dir);
     chaos.args(["--seed", &seed.to_string(), "--kills", &FAULTS.to_string()]);
+    chaos.env(SPLIT.0, SPLIT.1);
     let output = chaos.output().unwrap();
     let told = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "logs and evidence are in {}\n{told}", dir.display());
