@@ -141,10 +141,11 @@ impl Checker {
         }
     }
 
-    /// The next lines of whole transactions. Those of other tables are there without their text.
+    /// The next lines of whole transactions. Those of other tables, and others' messages, are there without their text.
     async fn page(&self, connection: &mut PgConnection) -> Result<Vec<(String, Option<String>)>> {
         let ask = sqlx::query_as(
-            "SELECT lsn::text, CASE WHEN data LIKE ANY (ARRAY['BEGIN%', 'COMMIT%', 'table public.outbox: INSERT:%']) \
+            "SELECT lsn::text, CASE WHEN data LIKE ANY (ARRAY['BEGIN%', 'COMMIT%', 'table public.outbox: INSERT:%', \
+                                                           'message: transactional: 1 prefix: outbox,%']) \
                                     THEN data END \
              FROM pg_logical_slot_peek_changes($1, NULL, $2, 'include-xids', 'on', 'skip-empty-xacts', 'on')",
         );

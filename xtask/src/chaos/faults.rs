@@ -35,6 +35,9 @@ const DELAY_LASTS: Duration = Duration::from_secs(3);
 /// How long the brokers may take to elect a controller, on a busy machine, and how often they are looked at.
 const ELECTION_LIMIT: Duration = Duration::from_secs(60);
 const ELECTION_INTERVAL: Duration = Duration::from_millis(200);
+/// How long the slot may be in nobody's use while other faults happen, and how often it is looked at.
+const TAKEN_LIMIT: Duration = Duration::from_secs(90);
+const TAKEN_INTERVAL: Duration = Duration::from_millis(200);
 /// How long one question to a server may take.
 const ASK_LIMIT: Duration = Duration::from_secs(2);
 
@@ -227,17 +230,27 @@ fn leader(stage: &Stage) -> Result<&Arc<Actor>> {
     stage.actor(&leader)
 }
 
-/// kill -9 of the backend that serves the relay's slot: Postgres ends all others and recovers.
+/// kill -9 of the backend that serves the relay's slot: Postgres ends all others and recovers. Other faults may have taken
+/// it, or be about to; one that hit nobody would be none, so it waits for the next.
 async fn kill_walsender(stage: &Stage) -> Result<String> {
     let actor = stage.actor("postgres")?;
-    let _held = hold(stage, actor).await?;
-    let asked = tokio::time::timeout(ASK_LIMIT, walsender(stage)).await;
-    let Ok(Ok(Some(pid))) = asked else { return Ok("nobody: the slot was not in use".to_owned()) };
-    if !postgres::inhabitants(&actor.spec.cwd).contains(&pid) {
-        return Ok("nobody: it had gone".to_owned());
+    let until = Instant::now() + TAKEN_LIMIT;
+    loop {
+        {
+            // Nobody else stops Postgres between the question and the kill.
+            let _held = hold(stage, actor).await?;
+            let asked = tokio::time::timeout(ASK_LIMIT, walsender(stage)).await;
+            let pid = asked.ok().and_then(Result::ok).flatten();
+            if let Some(pid) = pid.filter(|pid| postgres::inhabitants(&actor.spec.cwd).contains(pid)) {
+                identity::send(pid, Signal::KILL);
+                return Ok(format!("process {pid}"));
+            }
+        }
+        if Instant::now() >= until {
+            return Err(Failure::new(format!("no relay had the slot for {} s", TAKEN_LIMIT.as_secs())));
+        }
+        tokio::time::sleep(TAKEN_INTERVAL).await;
     }
-    identity::send(pid, Signal::KILL);
-    Ok(format!("process {pid}"))
 }
 
 async fn walsender(stage: &Stage) -> Result<Option<u32>> {

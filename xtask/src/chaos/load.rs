@@ -11,6 +11,7 @@ mod rows;
 use std::{sync::Arc, thread::JoinHandle};
 
 use self::gate::Gate;
+pub(super) use self::plan::OUTBOX_PREFIX;
 use crate::{
     chaos::targets::Targets,
     failure::{Explain, Failure, Result},
@@ -56,7 +57,10 @@ impl Load {
         }
         for number in 0..ROW_WRITERS {
             let (url, random) = (targets.postgres_url.clone(), seeds.fork());
-            load.spawn(format!("rows-{number}"), move |gate| rows::write(&url, random, gate))?;
+            let aggregate_type = targets.aggregate_type.clone();
+            load.spawn(format!("rows-{number}"), move |gate| {
+                rows::write(&url, &aggregate_type, random, gate)
+            })?;
         }
         Ok(load)
     }
@@ -115,6 +119,7 @@ mod tests {
             postgres_url: format!("postgres://nobody@{nobody}/none"),
             order_api_url: format!("http://{nobody}"),
             consumers_url: String::new(),
+            aggregate_type: String::new(),
             brokers: String::new(),
             topics: Vec::new(),
         };

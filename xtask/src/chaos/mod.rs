@@ -168,17 +168,19 @@ async fn round(
     let since = Instant::now();
     let (quotas, planned): (Vec<_>, Vec<_>) =
         planned.into_iter().partition(|planned| planned.fault == Fault::SlotQuota);
-    let load = Load::start(&stage.targets, seed.wrapping_add(number))?;
-    let mut faults = strike(stage, planned).await?;
-    stage.heal().await;
-    load.stop().await?;
-    let verdict = checker.lock().await.verdict(Instant::now().into_std() + ARRIVE_LIMIT).await?;
+    // Before the load, so that a verdict follows.
+    let mut faults = Vec::new();
     for planned in quotas {
         let drain = || async { checker.lock().await.collect().await.map(drop) };
         let hit = quota::fill(stage, drain).await?;
         stage.heal().await;
         faults.push(Struck { planned, hit });
     }
+    let load = Load::start(&stage.targets, seed.wrapping_add(number))?;
+    faults.extend(strike(stage, planned).await?);
+    stage.heal().await;
+    load.stop().await?;
+    let verdict = checker.lock().await.verdict(Instant::now().into_std() + ARRIVE_LIMIT).await?;
     let (mut violations, notes) = stage.take_told();
     violations.extend(found(&verdict, delivery));
     Ok(Round { number, faults, seconds: since.elapsed().as_secs(), verdict, violations, notes })

@@ -11,6 +11,7 @@ use std::{
 
 use super::{
     actor::Actor,
+    load,
     proxy::{Link, Route},
     targets::Targets,
 };
@@ -34,6 +35,7 @@ const BROKERS: u16 = 3;
 const CONSUMERS: [&str; 3] = ["pharmacy", "fulfillment", "order-view"];
 /// What nobody but the orders' relay writes to: the API's events, and those of the load's own rows.
 const TOPICS: [&str; 2] = ["order-events", ROWS_TOPIC];
+const AGGREGATE_TYPE: &str = "chaos";
 const ROWS_TOPIC: &str = "chaos-events";
 const ROWS_PARTITIONS: i32 = 6;
 /// Of both clusters. Nothing here outlives the machine, so nothing is synced to the disk; a killed process loses
@@ -160,6 +162,7 @@ impl Stage {
                 postgres_url: database(places.ports.postgres, "postgres", "orders"),
                 order_api_url: api(&places.ports)?,
                 consumers_url: database(places.consumers_postgres, "postgres", "consumers"),
+                aggregate_type: AGGREGATE_TYPE.to_owned(),
                 brokers: bootstrap(&places.ports.kafka),
                 topics: TOPICS.map(str::to_owned).to_vec(),
             },
@@ -205,7 +208,7 @@ impl Stage {
     }
 
     async fn relay_once(&self, relay: &str, args: &[&str]) -> Result<()> {
-        let (ports, further) = (self.places.seen_by(relay), delivery_env(self.relays.delivery));
+        let (ports, further) = (self.places.seen_by(relay), relay_env(relay, self.relays.delivery));
         services::relay_once(&self.layout, &ports, relay, &self.relays.program, args, further).await
     }
 
@@ -337,8 +340,13 @@ async fn servers(up: &Up, layout: &Layout, places: &Places, progress: &Progress)
     Ok(specs)
 }
 
-fn delivery_env(delivery: Delivery) -> Vec<(&'static str, String)> {
-    vec![("CDC_RELAY_KAFKA__DELIVERY", delivery.name())]
+/// What a relay, and each of its commands, is told beside the local stack's settings.
+fn relay_env(relay: &str, delivery: Delivery) -> Vec<(&'static str, String)> {
+    let mut env = vec![("CDC_RELAY_KAFKA__DELIVERY", delivery.name())];
+    if relay == "cdc-relay" {
+        env.push(("CDC_RELAY_MESSAGES__PREFIX", load::OUTBOX_PREFIX.to_owned()));
+    }
+    env
 }
 
 fn service_specs(layout: &Layout, places: &Places, relays: &Relays) -> Result<Vec<Spec>> {
@@ -353,8 +361,8 @@ fn service_specs(layout: &Layout, places: &Places, relays: &Relays) -> Result<Ve
         if services::slot(instance.service).is_some() {
             spec.program.clone_from(&relays.program);
             spec.env.extend(relay.map(|(key, value)| (key.to_owned(), value.to_owned())));
-            let delivery = delivery_env(relays.delivery);
-            spec.env.extend(delivery.into_iter().map(|(key, value)| (key.to_owned(), value)));
+            let own = relay_env(instance.service, relays.delivery);
+            spec.env.extend(own.into_iter().map(|(key, value)| (key.to_owned(), value)));
         }
         specs.push(spec);
     }

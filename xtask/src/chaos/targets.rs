@@ -9,6 +9,8 @@ pub(crate) struct Targets {
     pub order_api_url: String,
     /// The consumers' database, as the superuser.
     pub consumers_url: String,
+    /// The aggregate type of the rows that the load writes itself; `…-events` is their topic.
+    pub aggregate_type: String,
     /// Kafka's bootstrap servers, with commas.
     pub brokers: String,
     /// The topics that nobody but the relay writes to; what is committed for others is looked for there, too.

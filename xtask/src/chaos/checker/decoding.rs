@@ -3,6 +3,8 @@
 
 use std::collections::HashMap;
 
+use serde::Deserialize;
+use serde_json::value::RawValue;
 use uuid::Uuid;
 
 use super::{
@@ -12,6 +14,8 @@ use super::{
 };
 
 const INSERT: &str = "table public.outbox: INSERT: ";
+/// Of the outbox without a table. Its length in bytes and ` content:` come before what it says.
+const MESSAGE: &str = "message: transactional: 1 prefix: outbox, sz: ";
 
 /// A committed row.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,7 +51,7 @@ impl Decoder {
         Self { last_end, open: None }
     }
 
-    /// Takes a line; a COMMIT gives the transaction. What is in no transaction is a message's, and nobody's business.
+    /// Takes a line; a COMMIT gives the transaction. What else is in no transaction is a message of others.
     ///
     /// # Errors
     /// A row that cannot be read, or a line out of place.
@@ -57,7 +61,7 @@ impl Decoder {
             return Ok(None);
         }
         let Some((after, rows)) = &mut self.open else {
-            let lost = data.starts_with("COMMIT") || data.starts_with(INSERT);
+            let lost = ["COMMIT", INSERT, MESSAGE].iter().any(|ours| data.starts_with(ours));
             return if lost { Err(format!("a line at {lsn} is in no transaction")) } else { Ok(None) };
         };
         if data.starts_with("COMMIT") {
@@ -67,35 +71,80 @@ impl Decoder {
             return Ok(Some(Transaction { after, end: lsn, rows }));
         }
         *after = lsn.max(*after);
-        if let Some(columns) = data.strip_prefix(INSERT) {
-            rows.push(row(columns).map_err(|error| format!("the row at {lsn}: {error}"))?);
-        }
+        let row = match (data.strip_prefix(INSERT), data.strip_prefix(MESSAGE)) {
+            (Some(columns), _) => row(columns),
+            (_, Some(message)) => message_row(message),
+            (None, None) => return Ok(None),
+        };
+        rows.push(row.map_err(|error| format!("the row at {lsn}: {error}"))?);
         Ok(None)
     }
 }
 
-/// The row that an insertion tells of, and the record it asks for.
+/// What a row says, in the names of its columns. What is JSON is verbatim.
+#[derive(Deserialize)]
+struct Fields<'a> {
+    id: String,
+    aggregatetype: String,
+    aggregateid: String,
+    r#type: String,
+    #[serde(borrow)]
+    payload: Option<&'a RawValue>,
+    #[serde(borrow)]
+    headers: Option<&'a RawValue>,
+    traceparent: Option<String>,
+    topic: Option<String>,
+}
+
+impl Fields<'_> {
+    /// The row, and the record it asks for.
+    fn row(&self) -> Result<Row, String> {
+        let (id, key) = (self.id.as_str(), self.aggregateid.as_bytes());
+        let named = [
+            ("id", Some(id)),
+            ("type", Some(self.r#type.as_str())),
+            ("aggregatetype", Some(self.aggregatetype.as_str())),
+            ("traceparent", self.traceparent.as_deref()),
+        ];
+        let text = |(name, value): (&str, Option<&str>)| Some((name.to_owned(), Some(value?.into())));
+        let mut headers: Headers = named.into_iter().filter_map(text).collect();
+        headers.extend(self.headers.map(|json| own_headers(json.get())).transpose()?.unwrap_or_default());
+        Ok(Row {
+            id: id.parse().map_err(|_| format!("{id:?} is not a UUID"))?,
+            topic: self.topic.clone().unwrap_or_else(|| format!("{}-events", self.aggregatetype)),
+            murmur2: murmur2::positive(key),
+            content: Content::of(Some(key), self.payload.map(|json| json.get().as_bytes()), headers),
+        })
+    }
+}
+
+/// The row that an insertion tells of.
 fn row(text: &str) -> Result<Row, String> {
     let columns = columns(text)?;
     let column = |name: &str| columns.get(name).and_then(Option::as_deref);
-    let wanted = |name: &str| column(name).ok_or_else(|| format!("there is no {name}"));
-    let (id, aggregate_type) = (wanted("id")?, wanted("aggregatetype")?);
-    let (key, event_type) = (wanted("aggregateid")?, wanted("type")?);
-    let named = [
-        ("id", Some(id)),
-        ("type", Some(event_type)),
-        ("aggregatetype", Some(aggregate_type)),
-        ("traceparent", column("traceparent")),
-    ];
-    let text = |(name, value): (&str, Option<&str>)| Some((name.to_owned(), Some(value?.into())));
-    let mut headers: Headers = named.into_iter().filter_map(text).collect();
-    headers.extend(column("headers").map(own_headers).transpose()?.unwrap_or_default());
-    Ok(Row {
-        id: id.parse().map_err(|_| format!("{id:?} is not a UUID"))?,
-        topic: column("topic").map_or_else(|| format!("{aggregate_type}-events"), str::to_owned),
-        murmur2: murmur2::positive(key.as_bytes()),
-        content: Content::of(Some(key.as_bytes()), column("payload").map(str::as_bytes), headers),
-    })
+    let wanted = |name: &str| column(name).map(str::to_owned).ok_or_else(|| format!("there is no {name}"));
+    let json = |name: &str| {
+        let raw = column(name).map(serde_json::from_str::<&RawValue>).transpose();
+        raw.map_err(|error| format!("{name}: {error}"))
+    };
+    let fields = Fields {
+        id: wanted("id")?,
+        aggregatetype: wanted("aggregatetype")?,
+        aggregateid: wanted("aggregateid")?,
+        r#type: wanted("type")?,
+        payload: json("payload")?,
+        headers: json("headers")?,
+        traceparent: column("traceparent").map(str::to_owned),
+        topic: column("topic").map(str::to_owned),
+    };
+    fields.row()
+}
+
+/// The same of a message, which has the columns as members.
+fn message_row(text: &str) -> Result<Row, String> {
+    let (_, content) = text.split_once(" content:").ok_or("it has no content")?;
+    let fields: Fields<'_> = serde_json::from_str(content).map_err(|error| error.to_string())?;
+    fields.row()
 }
 
 /// `name[type]:value name[type]:value …`
@@ -152,6 +201,14 @@ mod tests {
         )
     }
 
+    fn message(key: &str, payload: &str) -> String {
+        let content = format!(
+            "{{\"id\":\"{ID}\",\"aggregatetype\":\"chaos\",\"aggregateid\":\"{key}\",\"type\":\"T\",\"payload\":{payload},\
+             \"headers\":{{\"a\": 1}},\"traceparent\":null}}"
+        );
+        format!("{MESSAGE}{} content:{content}", content.len())
+    }
+
     #[test]
     fn a_transaction_is_its_rows_between_two_places() {
         let mut decoder = Decoder::new(Lsn(5));
@@ -172,10 +229,25 @@ mod tests {
         decoder.line(Lsn(28), "BEGIN 8").unwrap();
         let next = decoder.line(Lsn(40), "COMMIT 8").unwrap().unwrap();
         assert_eq!(next, Transaction { after: Lsn(30), end: Lsn(40), rows: vec![] });
-        let message = "message: transactional: 0 prefix: chaos, sz: 1 content:x";
-        assert_eq!(decoder.line(Lsn(41), message), Ok(None));
+        let of_others = "message: transactional: 0 prefix: chaos, sz: 1 content:x";
+        assert_eq!(decoder.line(Lsn(41), of_others), Ok(None));
         decoder.line(Lsn(42), "COMMIT 8").unwrap_err();
         decoder.line(Lsn(42), &insertion("k", "null")).unwrap_err();
+        decoder.line(Lsn(42), &message("k", "null")).unwrap_err();
+    }
+
+    #[test]
+    fn a_message_of_the_outbox_is_a_row() {
+        let mut decoder = Decoder::new(Lsn(0));
+        decoder.line(Lsn(1), "BEGIN 7").unwrap();
+        decoder.line(Lsn(1), &insertion("it''s", "'{\"b\": \" content:\"}'")).unwrap();
+        decoder.line(Lsn(2), "message: transactional: 1 prefix: chaos, sz: 3 content:not").unwrap();
+        decoder.line(Lsn(3), &message("it's", "{\"b\": \" content:\"}")).unwrap();
+        decoder.line(Lsn(4), &message("it's", "null")).unwrap();
+        decoder.line(Lsn(5), &format!("{MESSAGE}3 content:not")).unwrap_err();
+        let rows = decoder.line(Lsn(6), "COMMIT 7").unwrap().unwrap().rows;
+        assert_eq!((rows.len(), &rows[0]), (3, &rows[1]));
+        assert_eq!(rows[0].content.differences(&rows[2].content), ["the value"]);
     }
 
     #[test]

@@ -1,12 +1,16 @@
 //! The checker on real servers: what a load wrote is published as a faithful relay would, from what `pgoutput` says, and
 //! then with one mistake of each kind.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 
 use rdkafka::{
     message::{Header, OwnedHeaders},
     producer::{FutureProducer, FutureRecord, Producer},
 };
+use serde_json::value::RawValue;
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use uuid::Uuid;
 
@@ -70,8 +74,9 @@ impl Place {
         for path in migrations {
             run(&mut consumers, std::fs::read_to_string(path).unwrap()).await;
         }
-        // The load's rows go to a topic of our own, on brokers that others use as well.
-        let topic = format!("chaos-{number}");
+        // What is published goes to a topic of our own, on brokers that others use as well.
+        let aggregate_type = format!("chaos-{number}");
+        let topic = format!("{aggregate_type}-events");
         run(
             &mut orders,
             format!(
@@ -91,7 +96,7 @@ impl Place {
         let producer = producer.create().unwrap();
         let order_api_url = "http://127.0.0.1:1".to_owned();
         let topics = vec![topic.clone()];
-        let targets = Targets { postgres_url, order_api_url, consumers_url, brokers, topics };
+        let targets = Targets { postgres_url, order_api_url, consumers_url, aggregate_type, brokers, topics };
         Self { targets, admin, orders, consumers, topic, names, producer }
     }
 
@@ -99,7 +104,7 @@ impl Place {
     async fn records(&mut self) -> Vec<Record> {
         let changes: Vec<(Vec<u8>,)> = sqlx::query_as(
             "SELECT data FROM pg_logical_slot_get_binary_changes($1, NULL, NULL, \
-             'proto_version', '1', 'publication_names', 'cdc_relay')",
+             'proto_version', '1', 'publication_names', 'cdc_relay', 'messages', 'true')",
         )
         .bind(&self.names[0])
         .fetch_all(&mut self.orders)
@@ -113,6 +118,12 @@ impl Place {
                 b'I' => {
                     records.push(record(&columns(&change[6..]), lsn, seq));
                     seq += 1;
+                }
+                b'M' => {
+                    if let Some(content) = message(&change) {
+                        records.push(posted(content, lsn, seq));
+                        seq += 1;
+                    }
                 }
                 _ => {}
             }
@@ -185,6 +196,25 @@ fn record(columns: &[Option<Vec<u8>>], lsn: Lsn, seq: u32) -> Record {
     let headers = ours.map(|(name, value)| (name.to_owned(), value.map(String::into_bytes)));
     let headers = headers.chain(own.unwrap_or_default()).collect();
     Record { partition: None, key: text(2).unwrap(), value: columns[4].clone(), headers }
+}
+
+/// What a message of the outbox says; None of any other.
+fn message(change: &[u8]) -> Option<&[u8]> {
+    // Whether it is transactional, and its LSN.
+    let rest = change[10..].strip_prefix(b"outbox\0")?;
+    Some(&rest[4..])
+}
+
+/// Its columns, and of those the record.
+fn posted(content: &[u8], lsn: Lsn, seq: u32) -> Record {
+    let members: BTreeMap<String, &RawValue> = serde_json::from_slice(content).unwrap();
+    let names = ["id", "aggregatetype", "aggregateid", "type", "payload", "headers", "traceparent"];
+    let columns = names.map(|name| {
+        let raw = members[name].get();
+        let text = || serde_json::from_str::<String>(raw).unwrap_or_else(|_| raw.to_owned());
+        (raw != "null").then(|| text().into_bytes())
+    });
+    record(&columns, lsn, seq)
 }
 
 impl Record {

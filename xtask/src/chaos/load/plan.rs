@@ -1,11 +1,11 @@
 //! What a transaction does, before it does it. Pure: it follows from random numbers.
 
 use fastrand::Rng;
-use serde_json::json;
+use serde_json::{Value, json};
 use uuid::Uuid;
 
-/// The aggregate type of the rows, and of their topic `chaos-events`.
-pub(super) const AGGREGATE_TYPE: &str = "chaos";
+/// The prefix of the messages that are the outbox without a table.
+pub(in crate::chaos) const OUTBOX_PREFIX: &str = "outbox";
 /// The prefix of messages that are no outbox's.
 pub(super) const PREFIX: &str = "chaos";
 
@@ -36,6 +36,8 @@ pub(super) struct Row {
 pub(super) enum Step {
     /// One statement with as many rows.
     Insert(Vec<Row>),
+    /// One statement with as many messages, each a row of the outbox without a table.
+    Emit(Vec<Row>),
     /// Of rows of the same transaction.
     Delete(Vec<Uuid>),
     /// A logical message that is no outbox's, as part of the transaction or not.
@@ -54,6 +56,25 @@ pub(super) struct Plan {
     pub(super) steps: Vec<Step>,
     /// Or it is rolled back.
     pub(super) committed: bool,
+}
+
+impl Row {
+    /// As a message of the outbox without a table.
+    pub(super) fn message(&self, aggregate_type: &str) -> String {
+        let json = |text: &Option<String>| -> Value {
+            text.as_deref().and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default()
+        };
+        json!({
+            "id": self.id,
+            "aggregatetype": aggregate_type,
+            "aggregateid": self.key,
+            "type": self.kind,
+            "payload": json(&self.payload),
+            "headers": json(&self.headers),
+            "traceparent": self.traceparent,
+        })
+        .to_string()
+    }
 }
 
 impl Plan {
@@ -94,7 +115,7 @@ fn savepoints(random: &mut Rng) -> Vec<Step> {
             }
             _ => {}
         }
-        steps.push(insert(random, 3));
+        steps.push(if random.u32(0..4) == 0 { emit(random, 3) } else { insert(random, 3) });
     }
     if depth > 0 && random.bool() {
         steps.push(Step::RollBackTo);
@@ -102,17 +123,15 @@ fn savepoints(random: &mut Rng) -> Vec<Step> {
     steps
 }
 
-/// Messages before, between and behind rows; sometimes there is no row.
+/// Messages of both kinds before, between and behind rows; sometimes there is no row.
 fn messages(random: &mut Rng) -> Vec<Step> {
-    let mut steps = Vec::new();
-    for _ in 0..random.u32(1..6) {
-        steps.push(if random.bool() {
-            insert(random, 2)
-        } else {
-            Step::Message { transactional: random.u32(0..4) > 0 }
-        });
-    }
-    steps
+    let count = random.u32(1..6);
+    let step = |_| match random.u32(0..4) {
+        0 => insert(random, 2),
+        1 | 2 => emit(random, 2),
+        _ => Step::Message { transactional: random.u32(0..4) > 0 },
+    };
+    (0..count).map(step).collect()
 }
 
 /// As an outbox is written that stays empty.
@@ -125,6 +144,11 @@ fn inserted_and_deleted(random: &mut Rng) -> Vec<Step> {
 /// A statement of up to so many rows.
 fn insert(random: &mut Rng, rows: usize) -> Step {
     Step::Insert((0..random.usize(1..=rows)).map(|_| row(random, SMALL_BYTES)).collect())
+}
+
+/// A statement of up to so many messages.
+fn emit(random: &mut Rng, rows: usize) -> Step {
+    Step::Emit((0..random.usize(1..=rows)).map(|_| row(random, SMALL_BYTES)).collect())
 }
 
 fn row(random: &mut Rng, bytes: usize) -> Row {
@@ -161,7 +185,7 @@ mod tests {
         let plans = draw(1);
         let shape = |plans: &[Plan]| {
             let keys = |step: &Step| match step {
-                Step::Insert(rows) => rows.iter().map(|row| row.key.clone()).collect(),
+                Step::Insert(rows) | Step::Emit(rows) => rows.iter().map(|row| row.key.clone()).collect(),
                 other => vec![format!("{:?}", std::mem::discriminant(other))],
             };
             plans.iter().flat_map(|plan| plan.steps.iter().flat_map(keys)).collect::<Vec<_>>()
@@ -179,10 +203,11 @@ mod tests {
             assert!(steps.contains(&&step), "{step:?}");
         }
         assert!(steps.iter().any(|step| matches!(step, Step::Delete(_))));
+        assert!(plans.iter().any(|plan| plan.steps.iter().all(|step| matches!(step, Step::Emit(_)))));
         assert!(plans.iter().any(|plan| !plan.committed) && plans.iter().any(|plan| plan.committed));
         let rows: Vec<&Row> = steps
             .iter()
-            .filter_map(|s| if let Step::Insert(rows) = s { Some(rows) } else { None })
+            .filter_map(|s| if let Step::Insert(rows) | Step::Emit(rows) = s { Some(rows) } else { None })
             .flatten()
             .collect();
         let longest = rows.iter().filter_map(|row| row.payload.as_ref()).map(String::len).max().unwrap();
