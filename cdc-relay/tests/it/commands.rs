@@ -21,7 +21,7 @@ use crate::{
     topics::Topic,
 };
 
-/// Those that look or ask, each with what a program would add.
+/// Those that look or ask, each with what a program would add; for a person without that.
 const COMMANDS: [&[&str]; 12] = [
     &["status", "--json"],
     &["check", "--json"],
@@ -42,9 +42,11 @@ fn run_all(database: &Database, environment: &[(&str, &str)], left_out: &[&str])
     let children: Vec<_> = COMMANDS
         .iter()
         .filter(|arguments| !left_out.contains(&arguments[0]))
+        .flat_map(|arguments| [*arguments, arguments.strip_suffix(&["--json"]).unwrap_or_default()])
+        .filter(|arguments| !arguments.is_empty())
         .map(|arguments| {
             let mut command = command(database);
-            command.args(*arguments).envs(environment.iter().copied());
+            command.args(arguments).envs(environment.iter().copied());
             let child = command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
             (arguments.join(" "), child.spawn().unwrap())
         })
@@ -124,7 +126,7 @@ fn of_an_empty_outbox_each_command_says_what_there_is() {
     for (name, output) in run_all(&database, &environment, &["tail", "probe", "accept-gap"]) {
         let said = assert_readable(&name, &output);
         let code = match name.as_str() {
-            "dlq show 0/0 --json" => 64,
+            "dlq show 0/0 --json" | "dlq show 0/0" => 64,
             // The other one of the two is.
             _ if said.contains("A redrive is under way") => 75,
             // It finds that no topic is there that rows could go to, and that id is no row's.

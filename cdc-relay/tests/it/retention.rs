@@ -222,9 +222,12 @@ fn a_partition_that_is_over_is_dropped_once_it_is_confirmed_whoever_detached_it(
 }
 
 #[test]
-fn partitions_come_and_go_while_the_relay_is_killed() {
+fn partitions_come_and_go_under_load_while_the_relay_is_killed() {
     let (mut database, topic) = (partitioned(Database::new(), 2000..2001), Topic::new(1, &[]));
     let name = database.name.clone();
+    // Into the partition that is not over.
+    let busy = Topic::new(3, &[]);
+    let load = Load::start(&database, &busy.kind, 0);
     let mut relay = Relay::start(&database, &DROP);
     for i in 0..KILLS {
         // Rows of the past come into a partition that is over as soon as it is there.
@@ -240,7 +243,10 @@ fn partitions_come_and_go_while_the_relay_is_killed() {
         relay = Relay::start(&database, &DROP);
     }
     eventually("they are dropped", || (tables(&mut database) == 0).then_some(()));
+    let count = load.stop();
     assert_complete_and_ordered(&topic.read(KILLS * 200), KILLS * 200);
+    assert_complete_and_ordered(&busy.read(count), count);
+    assert_eq!(database.number("SELECT count(*) FROM outbox"), i64::try_from(count).unwrap());
     relay.stop();
 }
 
