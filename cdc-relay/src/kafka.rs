@@ -202,6 +202,8 @@ impl Producer {
     pub(crate) fn commit(&self) {
         if let Some((coordinator, _)) = &self.coordinator {
             coordinator.commit();
+            // It waits until there is no event left, of whatever kind.
+            self.poller.sent();
         }
     }
 

@@ -408,7 +408,8 @@ impl Session<'_> {
         // A status update that is due waits for the socket to take the one before it.
         let deadline =
             if write { STATUS_INTERVAL } else { self.relay.next_deadline().saturating_sub(self.now()) };
-        let mut timeout = deadline.min(STATUS_INTERVAL).min(self.until_late());
+        // A wait that has gone on for longer than that was none.
+        let mut timeout = deadline.min(FROZEN_AFTER / 2).min(self.until_late());
         if self.pending.is_some()
             || self.redrive.is_some()
             || self.replay.is_some()

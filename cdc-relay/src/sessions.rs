@@ -38,7 +38,8 @@ pub(crate) fn run(shared: &Shared, wakeups: &Wakeups) -> Result<(), Failure> {
         match error.kind.policy() {
             Policy::Stop(_) => return Err(error.into_failure()),
             Policy::StandBy => {
-                course.unwell_since = None;
+                (course.backoff, course.unwell_since) = (BACKOFF_FIRST, None);
+                course.memory.stand_by();
                 standby::wait(shared, wakeups);
             }
             Policy::Retry if shared.stopping() => {

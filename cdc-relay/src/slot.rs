@@ -5,6 +5,7 @@ use relay_core::Lsn;
 use crate::{
     config::Settings,
     error::{Error, Kind},
+    position::REPUBLISH,
     publication,
     replication::{
         connection::Connection,
@@ -32,9 +33,9 @@ pub(crate) fn verify(connection: &mut Connection, settings: &Settings) -> Result
     check_recovery(connection, settings)?;
     let Some(confirmed) = find_slot(connection, settings)? else {
         return Err(Error::new(Kind::Halted, format!("replication slot {:?} does not exist", settings.slot))
-            .hint("`cdc-relay init` creates it where it never was. Where it was, take what is missing from the outbox table; then `cdc-relay \
-                   accept-gap` creates a new one. The promotion of a standby keeps only a slot that was synchronised to it: \
-                   postgres.failover = true, and `cdc-relay check`"));
+            .hint(format!("`cdc-relay init` creates it where it never was. Where it was, what was committed since is not in Kafka, and \
+                   `cdc-relay accept-gap` says what it would do, `cdc-relay accept-gap --yes` goes on with a new one. {REPUBLISH}. The promotion \
+                   of a standby keeps only a slot that was synchronised to it: postgres.failover = true, and `cdc-relay check`")));
     };
     let mut setting = |name: &str| -> Result<String, Error> {
         let rows = connection.query("SELECT setting FROM pg_settings WHERE name = $1", &[name])?;
@@ -170,10 +171,11 @@ pub(crate) fn find_slot(connection: &mut Connection, settings: &Settings) -> Res
     slot.check_kind(name)?;
     if slot.is_lost {
         let what = format!("slot {name:?} is lost: the server has removed the log that it still needed");
-        return Err(Error::new(Kind::Halted, what).hint(
-            "what was committed since its confirmed LSN and is not in Kafka has to be taken from the outbox table by hand; then \
-             `cdc-relay accept-gap` makes a new slot. Raise max_slot_wal_keep_size",
-        ));
+        return Err(Error::new(Kind::Halted, what).hint(format!(
+            "what was committed since its confirmed LSN and is not in Kafka can only come from the outbox table now. `cdc-relay \
+             accept-gap` says what it would do, `cdc-relay accept-gap --yes` goes on with a new slot. {REPUBLISH}. Raise \
+             max_slot_wal_keep_size"
+        )));
     }
     let in_the_making =
         || Error::new(Kind::SlotInUse, format!("slot {name:?} is still being made by another process"));

@@ -82,6 +82,11 @@ impl Memory {
 }
 
 impl Memory {
+    /// Another relay has the slot: what fenced us was its right.
+    pub(crate) fn stand_by(&mut self) {
+        self.fenced.clear();
+    }
+
     /// The coordinator's time-out fences as a rival does, and a successor has the slot, too. So it is tried again, but
     /// not for ever: two relays that each believe to have the slot would go on taking it from one another.
     fn learn_fenced(&mut self, error: &Error) -> Result<(), Error> {

@@ -151,7 +151,7 @@ impl History {
             self.watermarks(consumer, partition, patience).map(|(_, end)| end)
         };
         for partition in self.next.keys().copied() {
-            let written = end(&self.uncommitted, partition)?;
+            let mut written = end(&self.uncommitted, partition)?;
             let mut told = false;
             while end(&self.consumer, partition)? < written {
                 if !std::mem::replace(&mut told, true) {
@@ -161,6 +161,8 @@ impl History {
                     );
                 }
                 std::thread::sleep(POLL);
+                // It may have become less: records are lost together with the brokers that had them.
+                written = end(&self.uncommitted, partition)?.min(written);
             }
             ends.insert(partition, written);
         }

@@ -29,3 +29,23 @@ fn an_idle_outbox_on_a_busy_database_holds_no_log() {
     assert_eq!(topic.size(), 1);
     relay.stop();
 }
+
+#[test]
+fn a_relay_that_has_waited_asks_nobody_before_it_publishes() {
+    let (mut database, topic) = (Database::new(), Topic::new(1, &[]));
+    init(&database);
+    let relay = Relay::start(&database, &[]);
+    let opened = "SELECT sessions FROM pg_stat_database WHERE datname = current_database()";
+    let uptime = || relay.metric("cdc_relay_process_uptime_seconds").unwrap();
+    let mut before = None;
+    for number in 0..4 {
+        // Longer than a process stands still that was frozen, and has to ask for its slot.
+        let until = uptime() + 1.5;
+        eventually("it has waited", || (uptime() > until).then_some(()));
+        database.insert(&topic.kind, number, 1);
+        topic.read(number + 1);
+        let now = database.number(opened);
+        assert_eq!(*before.get_or_insert(now), now, "a connection was opened for row {number}");
+    }
+    relay.stop();
+}

@@ -141,13 +141,13 @@ impl Checker {
         }
     }
 
-    /// The next lines of whole transactions. Those of other tables, and others' messages, are there without their text.
+    /// The next lines of whole transactions, empty ones too: without them, servers before PostgreSQL 17 give a message no BEGIN. Those of other tables, and others' messages, are there without their text.
     async fn page(&self, connection: &mut PgConnection) -> Result<Vec<(String, Option<String>)>> {
         let ask = sqlx::query_as(
             "SELECT lsn::text, CASE WHEN data LIKE ANY (ARRAY['BEGIN%', 'COMMIT%', 'table public.outbox: INSERT:%', \
                                                            'message: transactional: 1 prefix: outbox,%']) \
                                     THEN data END \
-             FROM pg_logical_slot_peek_changes($1, NULL, $2, 'include-xids', 'on', 'skip-empty-xacts', 'on')",
+             FROM pg_logical_slot_peek_changes($1, NULL, $2, 'include-xids', 'on')",
         );
         let ask = ask.bind(&self.slot).bind(PAGE_LINES).fetch_all(connection);
         connection::within(SLOT_LIMIT, ask).await.explain(|| "read the checker's slot".to_owned())

@@ -247,7 +247,9 @@ async fn kill_walsender(stage: &Stage) -> Result<String> {
             }
         }
         if Instant::now() >= until {
-            return Err(Failure::new(format!("no relay had the slot for {} s", TAKEN_LIMIT.as_secs())));
+            let what = format!("no relay had the slot for {} s", TAKEN_LIMIT.as_secs());
+            stage.violation(what.clone());
+            return Ok(what);
         }
         tokio::time::sleep(TAKEN_INTERVAL).await;
     }

@@ -74,7 +74,7 @@ const CARDS: [Card; 18] = [
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Planned {
     pub(super) fault: Fault,
-    /// After the beginning of the round. Milliseconds. A slot's quota is filled at the round's end, when nobody writes.
+    /// After the beginning of the round. Milliseconds. A slot's quota is filled before the load begins, when nobody writes.
     pub(super) after_ms: u64,
     /// How long what it broke stays broken; of a delay, how long each piece waits. Milliseconds.
     pub(super) lasts_ms: u64,
