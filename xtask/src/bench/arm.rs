@@ -30,6 +30,8 @@ use crate::{
 
 /// How long one measurement may take.
 const LIMIT: Duration = Duration::from_secs(900);
+/// When no record has come for so long, none will: what is missing then is lost.
+const QUIET_LIMIT: Duration = Duration::from_secs(60);
 /// How often the processes are looked at: what they used after the last look is not counted.
 const LOOK_INTERVAL: Duration = Duration::from_millis(10);
 /// How often Kafka is asked how many records there are: of every publisher, at the same place.
@@ -75,6 +77,12 @@ pub(super) struct Cpu {
     pub(super) walsender: f64,
     /// Zero where Kafka has no part.
     pub(super) broker: f64,
+}
+
+impl Cpu {
+    pub(super) fn total(self) -> f64 {
+        self.reader + self.walsender + self.broker
+    }
 }
 
 /// `pg_recvlogical` of the system.
@@ -174,6 +182,9 @@ impl Draining<'_> {
         while !self.has_all(&mut course, since, &contents).await?
             || !self.is_done(&running, publisher.delivery(), &contents).await?
         {
+            if course.quiet(since.elapsed()) > QUIET_LIMIT {
+                break;
+            }
             let asked = Instant::now();
             while asked.elapsed() < ASK_INTERVAL {
                 running.look()?;
@@ -201,7 +212,7 @@ impl Draining<'_> {
         let working = tokio::spawn(work.run());
         let mut backend_seconds = 0.0;
         while !self.has_all(&mut course, since, &contents).await? {
-            if working.is_finished() {
+            if working.is_finished() || course.quiet(since.elapsed()) > QUIET_LIMIT {
                 break;
             }
             backend_seconds = (of_backend() - backend_before).max(backend_seconds);

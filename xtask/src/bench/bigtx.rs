@@ -5,7 +5,9 @@ use serde::Serialize;
 use super::{
     Bench,
     arm::Run,
+    contents::Loss,
     drain::every,
+    drained::{or_dash, sum},
     numbers::Spread,
     plot::{Bar, Chart},
     relay::arm_name,
@@ -30,12 +32,17 @@ pub(super) async fn bigtx(bench: &Bench<'_>) -> Result<Section> {
     let written = workload::write(bench.servers, "bigtx", Shape::of(rows, rows)).await?;
     bench.warm_up(&written).await?;
     let arms = bench.arms.of(None);
-    let runs = every(bench, "bigtx", bench.rounds, &arms, &written).await?;
+    let (runs, failures) = every(bench, "bigtx", bench.rounds, &arms, &written).await?;
     workload::forget(bench.servers).await?;
-    let measured: Vec<Measured> =
-        arms.iter().zip(runs).map(|((arm, _), runs)| Measured { arm, runs }).collect();
+    let measured: Vec<Measured> = arms
+        .iter()
+        .zip(runs)
+        .filter(|(_, runs)| !runs.is_empty())
+        .map(|((arm, _), runs)| Measured { arm, runs })
+        .collect();
     let title = format!("one transaction of {rows} rows, {} MiB of log", written.wal_bytes >> 20);
     let mut section = Section::of("bigtx", title, &measured)?;
+    section.failures = failures;
     section.notes.push(format!(
         "seconds from the start of the process until the first and the last row are in Kafka (of those without Kafka: until all is \
          read); medians of {} rounds, and the extremes",
@@ -52,7 +59,7 @@ pub(super) async fn bigtx(bench: &Bench<'_>) -> Result<Section> {
         let is_committed_late = *arm == arm_name(Delivery::ExactlyOnce, false);
         let first = spread(&|run| run.first_record_seconds.filter(|_| !is_committed_late));
         let losses: Vec<_> = runs.iter().filter_map(|run| run.loss).collect();
-        let lost: u64 = losses.iter().map(|loss| loss.lost()).sum();
+        let lost = sum(&losses, Loss::lost);
         section.table.push(vec![
             (*arm).to_owned(),
             first.map_or_else(|| "-".to_owned(), |it| format!("{:.1}", it.median)),
@@ -60,10 +67,10 @@ pub(super) async fn bigtx(bench: &Bench<'_>) -> Result<Section> {
             format!("{:.1} to {:.1}", last.min, last.max),
             peak.to_string(),
             format!("{:.1}", cpu.median),
-            lost.to_string(),
-            losses.iter().map(|loss| loss.duplicates).sum::<u64>().to_string(),
+            or_dash(lost),
+            or_dash(sum(&losses, |loss| loss.duplicates)),
         ]);
-        if lost > 0 {
+        if let Some(lost @ 1..) = lost {
             section.failures.push(format!("{arm}: {lost} rows are missing, out of order or nobody's"));
         }
         #[expect(clippy::cast_precision_loss, reason = "no process has 2^52 MiB")]

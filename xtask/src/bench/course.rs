@@ -10,6 +10,8 @@ pub(super) struct Course {
     /// The same of a half of them.
     half: Option<(Duration, u64)>,
     last: Option<(Duration, u64)>,
+    /// When there were more than before.
+    grown: Duration,
 }
 
 impl Course {
@@ -19,6 +21,9 @@ impl Course {
             return;
         }
         self.first.get_or_insert((at, count));
+        if self.last.is_none_or(|(_, before)| count > before) {
+            self.grown = at;
+        }
         if count >= all / 2 {
             self.half.get_or_insert((at, count));
         }
@@ -28,6 +33,11 @@ impl Course {
     /// When some were first seen.
     pub(super) fn first(&self) -> Option<Duration> {
         self.first.map(|(at, _)| at)
+    }
+
+    /// For how long none has come.
+    pub(super) fn quiet(&self, at: Duration) -> Duration {
+        at.saturating_sub(self.grown)
     }
 
     /// Records a second, from when some were first seen; None where all of them were.
@@ -60,6 +70,12 @@ mod tests {
         }
         assert_eq!(course.first(), Some(s(5)));
         assert_eq!((course.rate(), course.warm_rate()), (Some(225.0), Some(200.0)));
+        course.look(s(11), 1000, 1000);
+        assert_eq!(
+            (course.quiet(s(12)), Course::default().quiet(s(3))),
+            (s(3), s(3)),
+            "none since 9 s, none ever"
+        );
         let mut at_once = Course::default();
         at_once.look(s(1), 10, 10);
         assert_eq!((at_once.rate(), at_once.warm_rate()), (None, None));

@@ -20,6 +20,9 @@ use crate::{
     services,
 };
 
+/// So many rounds have extremes and something between them.
+const ENOUGH_ROUNDS: u32 = 3;
+
 /// One run.
 #[derive(Debug, Serialize)]
 pub(super) struct Document {
@@ -35,17 +38,32 @@ pub(super) struct Document {
     pub(super) warnings: Vec<String>,
 }
 
+/// What is measured, if it is in a clone.
+fn commit() -> Option<String> {
+    let described = Command::new("git").args(["describe", "--always", "--dirty"]).output().ok()?;
+    let name = String::from_utf8(described.stdout).ok().filter(|_| described.status.success())?;
+    Some(format!("commit {}", name.trim()))
+}
+
+/// The relay has its settings from the environment, which is that of the bench.
+fn settings_from_outside() -> Option<String> {
+    let names = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
+    let mut names: Vec<_> = names.filter(|name| name.starts_with("CDC_RELAY_")).collect();
+    names.sort();
+    (!names.is_empty()).then(|| format!("the relay is not at its defaults, by {}", names.join(", ")))
+}
+
 impl Document {
-    pub(super) fn new(warnings: Vec<String>) -> Self {
+    pub(super) fn new() -> Self {
         let arguments: Vec<_> = std::env::args().skip(1).collect();
         Self {
             command: format!("cargo xtask {}", arguments.join(" ")),
             at: String::new(),
             host: Host::look(),
-            versions: Vec::new(),
+            versions: commit().into_iter().collect(),
             postgres_settings: Vec::new(),
             sections: Vec::new(),
-            warnings,
+            warnings: settings_from_outside().into_iter().collect(),
         }
     }
 
@@ -53,6 +71,15 @@ impl Document {
     pub(super) fn version(&mut self, version: String) {
         if !self.versions.contains(&version) {
             self.versions.push(version);
+        }
+    }
+
+    /// Warns where too few rounds say how much of a ratio is chance.
+    pub(super) fn few(&mut self, rounds: u32) {
+        if rounds < ENOUGH_ROUNDS {
+            self.warnings.push(format!(
+                "rounds: {rounds}. With fewer than {ENOUGH_ROUNDS} nobody can tell how much of a number is chance"
+            ));
         }
     }
 
@@ -72,7 +99,8 @@ impl Document {
 
     /// For a person.
     pub(super) fn text(&self) -> String {
-        let mut lines = vec![self.versions.join(", "), self.host.line()];
+        let mut lines = vec![format!("{}, {}", self.command, self.at)];
+        lines.extend([self.versions.join(", "), self.host.line()]);
         lines.extend(self.settings());
         lines.extend(self.warnings.iter().map(|warning| format!("warning: {warning}")));
         for section in &self.sections {

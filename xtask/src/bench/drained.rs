@@ -4,6 +4,7 @@ use serde::Serialize;
 
 use super::{
     arm::Run,
+    contents::Loss,
     numbers::{SPREAD_LIMIT, Spread},
     plot::{Bar, Chart},
     relay::arm_name,
@@ -33,11 +34,12 @@ pub(super) struct Measured {
     pub(super) payload_bytes: f64,
     /// Of the second half, of those that bring it to Kafka.
     pub(super) warm_rows_per_second: Option<Spread>,
-    /// To `pg_recvlogical` in the same round.
+    /// To `pg_recvlogical` in the same round: of the time from the start of the process until the last row.
     pub(super) ratio: Spread,
     /// Of the rounds: what is lost or in disorder, and what there is twice.
-    pub(super) lost: u64,
-    pub(super) duplicates: u64,
+    /// None where nothing was published.
+    pub(super) lost: Option<u64>,
+    pub(super) duplicates: Option<u64>,
     /// Of a million rows; medians.
     pub(super) cpu_seconds_per_million: PerMillion,
     /// The largest of all rounds.
@@ -51,6 +53,17 @@ pub(super) struct PerMillion {
     reader: f64,
     walsender: f64,
     broker: f64,
+    /// Of the three together.
+    total: f64,
+}
+
+/// Of all runs that published; None where none did.
+pub(super) fn sum(losses: &[Loss], of: impl Fn(Loss) -> u64) -> Option<u64> {
+    (!losses.is_empty()).then(|| losses.iter().copied().map(of).sum())
+}
+
+pub(super) fn or_dash(count: Option<u64>) -> String {
+    count.map_or_else(|| "-".to_owned(), |count| count.to_string())
 }
 
 /// What exactly-once delivery does to the rows per second: in each round, what is left of them.
@@ -71,7 +84,7 @@ impl Measured {
         let median = |of: fn(&Run) -> f64| {
             Spread::of(runs.iter().map(of)).map_or(0.0, |spread| spread.median / millions)
         };
-        let ratios = runs.iter().zip(baseline).map(|(run, base)| run.rows_per_second / base.rows_per_second);
+        let ratios = runs.iter().zip(baseline).map(|(run, base)| base.seconds / run.seconds);
         let losses: Vec<_> = runs.iter().filter_map(|run| run.loss).collect();
         Some(Self {
             arm,
@@ -79,12 +92,13 @@ impl Measured {
             payload_bytes: f64::from(shape.payload_bytes),
             warm_rows_per_second: Spread::of(runs.iter().filter_map(|run| run.warm_rows_per_second)),
             ratio: Spread::of(ratios)?,
-            lost: losses.iter().map(|loss| loss.lost()).sum(),
-            duplicates: losses.iter().map(|loss| loss.duplicates).sum(),
+            lost: sum(&losses, Loss::lost),
+            duplicates: sum(&losses, |loss| loss.duplicates),
             cpu_seconds_per_million: PerMillion {
                 reader: median(|run| run.cpu_seconds.reader),
                 walsender: median(|run| run.cpu_seconds.walsender),
                 broker: median(|run| run.cpu_seconds.broker),
+                total: median(|run| run.cpu_seconds.total()),
             },
             peak_rss_bytes: runs.iter().map(|run| run.peak_rss_bytes).max()?,
             runs,
@@ -106,11 +120,19 @@ impl Measured {
             seconds(cpu.reader),
             seconds(cpu.walsender),
             seconds(cpu.broker),
+            seconds(cpu.total),
             // Of what runs in the bench's own process it is not told.
             if self.peak_rss_bytes > 0 { (self.peak_rss_bytes >> 20).to_string() } else { "-".to_owned() },
-            if self.lost > 0 { format!("FAILED: {}", self.lost) } else { "0".to_owned() },
-            self.duplicates.to_string(),
+            match self.lost {
+                Some(lost @ 1..) => format!("FAILED: {lost}"),
+                lost => or_dash(lost),
+            },
+            or_dash(self.duplicates),
         ]
+    }
+
+    fn has_lost(&self) -> Option<u64> {
+        self.lost.filter(|lost| *lost > 0)
     }
 }
 
@@ -122,7 +144,8 @@ impl Drained {
             format!("{rows} rows, {rows_per_transaction} to a transaction, {} MiB of log", wal_bytes >> 20);
         let mut section = Section::of(format!("drain {workload}"), title, self)?;
         section.notes.push(format!(
-            "{rounds} rounds, interleaved: medians, and the extremes. Rates to Kafka from the first record on, WARM of the second half. CPU in seconds per million rows"
+            "{rounds} rounds, interleaved: medians, and the extremes. Rates to Kafka from the first record on, WARM of the second half. RATIO: to \
+             pg_recvlogical, both from the start of the process until the last row. CPU in seconds per million rows, TOTAL of the three"
         ));
         section.table = head([
             "ARM",
@@ -135,6 +158,7 @@ impl Drained {
             "READER",
             "WALSENDER",
             "BROKER",
+            "TOTAL",
             "PEAK MIB",
             "LOST",
             "TWICE",
@@ -144,8 +168,8 @@ impl Drained {
         section.findings.extend(self.aims());
         section.charts = self.charts();
         for arm in arms {
-            if arm.lost > 0 {
-                let what = format!("{}: {} rows are missing, out of order or nobody's", arm.arm, arm.lost);
+            if let Some(lost) = arm.has_lost() {
+                let what = format!("{}: {lost} rows are missing, out of order or nobody's", arm.arm);
                 section.failures.push(what);
             }
             let spread = arm.ratio.relative();
@@ -172,14 +196,19 @@ impl Drained {
     /// The relay beside Debezium Server when that is tuned and warm.
     fn aims(&self) -> Option<String> {
         let (relay, tuned) = (self.arm("relay")?, self.arm("debezium, tuned")?);
+        if relay.has_lost().or(tuned.has_lost()).is_some() {
+            return None;
+        }
+        let (cpu, others) = (relay.cpu_seconds_per_million, tuned.cpu_seconds_per_million);
         let warm = |arm: &Measured| arm.warm_rows_per_second.map(|warm| warm.median);
         #[expect(clippy::cast_precision_loss, reason = "no process has 2^52 bytes")]
         let memory = tuned.peak_rss_bytes as f64 / relay.peak_rss_bytes as f64;
         Some(format!(
-            "the relay to Debezium tuned: {:.2} of its rows per second when warm; 1/{:.0} of its CPU and 1/{memory:.0} of its memory, with \
-             the start of the JVM and at its default heap",
+            "the relay to Debezium tuned: {:.2} of its rows per second when warm; 1/{:.1} of its CPU (1/{:.1} with walsender and broker) \
+             and 1/{memory:.0} of its memory, with the start of the JVM and at its default heap",
             relay.rows_per_second.median / warm(tuned)?,
-            tuned.cpu_seconds_per_million.reader / relay.cpu_seconds_per_million.reader
+            others.reader / cpu.reader,
+            others.total / cpu.total
         ))
     }
 
@@ -188,14 +217,13 @@ impl Drained {
             name: arm.arm.to_owned(),
             parts: vec![arm.rows_per_second.median],
             spread: Some(arm.rows_per_second),
-            label: if arm.lost > 0 {
-                format!("FAILED: {} lost", arm.lost)
-            } else {
-                format!("{:.1}k", arm.rows_per_second.median / 1e3)
+            label: match arm.has_lost() {
+                Some(lost) => format!("FAILED: {lost} lost"),
+                None => format!("{:.1}k", arm.rows_per_second.median / 1e3),
             },
         };
         let cpu = |arm: &Measured| {
-            let PerMillion { reader, walsender, broker } = arm.cpu_seconds_per_million;
+            let PerMillion { reader, walsender, broker, .. } = arm.cpu_seconds_per_million;
             let label = format!("{reader:.1} + {walsender:.1} + {broker:.1}");
             Bar { name: arm.arm.to_owned(), parts: vec![reader, walsender, broker], spread: None, label }
         };
@@ -232,7 +260,7 @@ mod tests {
         let measured = of("relay", vec![run(1.0), run(1.0)]);
         assert!((measured.ratio.min - 2.0).abs() < 1e-9 && (measured.ratio.max - 4.0).abs() < 1e-9);
         let mut twice = of("relay, exactly-once", vec![run(2.0), run(4.0)]);
-        twice.lost = 3;
+        twice.lost = Some(3);
         let arms = vec![measured, twice];
         let drained = Drained {
             workload: "single",

@@ -50,14 +50,14 @@ pub(super) async fn idle(bench: &Bench<'_>) -> Result<Section> {
         rounds.push(round);
         failures.extend(failed);
     }
-    let seconds = IDLE.mul_f64(bench.factor.min(1.0)).as_secs_f64();
+    let seconds = IDLE.mul_f64(bench.times.min(1.0)).as_secs_f64();
     let title = format!("{seconds:.0} s without an event, then {ELSEWHERE_MIB} MiB of log of other tables");
     let mut section = Section::of("idle", title, &rounds)?;
     section.notes.push(format!(
         "CPU in percent of one processor (a tick of 10 ms is {:.3}); log after {} s, from the slot's confirmed flush LSN \
          (UNCONFIRMED) and its restart LSN (RETAINED) to its end",
         1.0 / seconds,
-        LET_GO.mul_f64(bench.factor.min(1.0)).as_secs()
+        LET_GO.mul_f64(bench.times.min(1.0)).as_secs()
     ));
     section.table = head(["ARM", "CPU %", "WALSENDER %", "RSS MIB", "UNCONFIRMED KIB", "RETAINED KIB"]);
     section.table.extend(rounds.iter().map(|round| {
@@ -94,7 +94,7 @@ pub(super) async fn idle(bench: &Bench<'_>) -> Result<Section> {
 
 async fn one(bench: &Bench<'_>, arm: &'static str, publisher: &Publisher) -> Result<(Round, Option<String>)> {
     let mut trial = Trial::start(bench.servers, publisher, bench.number()).await?;
-    let part = bench.factor.min(1.0);
+    let part = bench.times.min(1.0);
     tokio::time::sleep(SETTLE.mul_f64(part)).await;
     let sender = walsender(&mut trial.connection, &trial.slot).await?;
     let usage =

@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: throughput, latency, cost and loss of the relay beside its peers and its limits, of the API and of the
 //! consumer, on servers of their own.
 
+mod aims;
 mod api;
 mod arm;
 mod arms;
@@ -58,6 +59,9 @@ struct Bench<'a> {
     rounds: u32,
     /// A part or a multiple of each scenario's rows.
     factor: f64,
+    /// The same of the times that those take which last a while. Of all scenarios together they are whole, whatever the factor: a
+    /// virtual machine warms up, and a server logs by itself, in seconds and not in rows.
+    times: f64,
     next: Cell<usize>,
     is_warm: Cell<bool>,
 }
@@ -71,7 +75,7 @@ impl Bench<'_> {
 
 /// A scenario of publishers, over servers that all of them use.
 enum Task<'a> {
-    Drain(&'a [Workload]),
+    Drain(Workload),
     Steady { rates: &'a [u32], highest: bool },
     Idle,
     Bigtx,
@@ -84,7 +88,7 @@ enum Task<'a> {
 /// Runs one scenario, or all of them.
 pub(crate) async fn bench(command: &cli::Bench) -> Result<()> {
     let progress = &Progress::new(None);
-    let mut document = Document::new(Vec::new());
+    let mut document = Document::new();
     let out = &mut document;
     let (name, json) = match &command.scenario {
         None => {
@@ -93,7 +97,8 @@ pub(crate) async fn bench(command: &cli::Bench) -> Result<()> {
         }
         Some(Scenario::Drain(args)) => {
             let all = if args.workload.is_empty() { &Workload::ALL[..] } else { &args.workload };
-            publishers(&args.publishing, &[Task::Drain(all)], out, progress).await?;
+            let tasks: Vec<_> = all.iter().copied().map(Task::Drain).collect();
+            publishers(&args.publishing, &tasks, out, progress).await?;
             ("drain", args.publishing.setup.json)
         }
         Some(Scenario::Steady(args)) => {
@@ -144,15 +149,15 @@ pub(crate) async fn bench(command: &cli::Bench) -> Result<()> {
 
 /// Everything, with all peers and both deliveries.
 async fn all(args: &cli::All, document: &mut Document, progress: &Progress) -> Result<()> {
-    let tasks = [
-        Task::Drain(&Workload::ALL),
+    let mut tasks: Vec<_> = Workload::ALL.into_iter().map(Task::Drain).collect();
+    tasks.extend([
         Task::Bigtx,
         Task::Steady { rates: &cli::RATES, highest: true },
         Task::Restart,
         Task::Idle,
         Task::DropIn,
         Task::Pacing,
-    ];
+    ]);
     if !args.no_build {
         services::build(&Layout::open(None)?, progress)?;
     }
@@ -161,13 +166,15 @@ async fn all(args: &cli::All, document: &mut Document, progress: &Progress) -> R
     consumer::install(progress)?;
     let publishing = args.publishing();
     let arms = Arms::new(&publishing, progress)?;
-    publishers_with(&arms, &publishing, &tasks, document, progress).await?;
+    publishers_with((&arms, 1.0), &publishing, &tasks, document, progress).await?;
     let end_to_end = end_to_end::end_to_end(&args.end_to_end(), document, progress).await;
     document.failed("end-to-end", end_to_end);
     let api = api::api(&args.api(), document, progress).await;
     document.failed("api", api);
     let consumer = consumer::consumer(&args.consumer(), document, progress).await;
     document.failed("consumer", consumer);
+    let aims = aims::section(&document.sections);
+    document.sections.extend(aims);
     Ok(())
 }
 
@@ -184,17 +191,19 @@ async fn publishers(
     if !args.setup.no_build {
         services::build(&Layout::open(None)?, progress)?;
     }
-    publishers_with(&Arms::new(args, progress)?, args, tasks, document, progress).await
+    let arms = Arms::new(args, progress)?;
+    publishers_with((&arms, args.rows_factor), args, tasks, document, progress).await
 }
 
 async fn publishers_with(
-    arms: &Arms,
+    (arms, times): (&Arms, f64),
     args: &cli::Publishing,
     tasks: &[Task<'_>],
     document: &mut Document,
     progress: &Progress,
 ) -> Result<()> {
     document.busy();
+    document.few(args.rounds);
     let (servers, mut stack) =
         Servers::start(args.setup.postgres, &args.setup.postgres_set, progress).await?;
     document.version(version(&arms.relay)?);
@@ -213,6 +222,7 @@ async fn publishers_with(
         arms,
         rounds: args.rounds,
         factor: args.rows_factor,
+        times,
         next: Cell::new(0),
         is_warm: Cell::new(false),
     };
@@ -232,22 +242,18 @@ async fn run(
     document: &mut Document,
 ) -> Result<()> {
     bench.servers.create_database(maintenance).await?;
-    let one = |section: Result<Section>| section.map(|it| vec![it]);
     for task in tasks {
-        let (name, sections) = match task {
-            Task::Drain(workloads) => ("drain", drain::drain(bench, workloads).await),
-            Task::Steady { rates, highest } => ("steady", one(steady::steady(bench, rates, *highest).await)),
-            Task::Idle => ("idle", one(idle::idle(bench).await)),
-            Task::Bigtx => ("bigtx", one(bigtx::bigtx(bench).await)),
-            Task::Restart => ("restart", one(restart::restart(bench).await)),
-            Task::DropIn => ("drop-in", one(drop_in::drop_in(bench).await)),
-            Task::Pacing => ("pacing", one(pacing::pacing(bench).await)),
-            Task::Gate { update } => ("gate", one(gate::gate(bench, *update).await)),
+        let (name, section) = match task {
+            Task::Drain(workload) => ("drain", drain::drain(bench, *workload).await),
+            Task::Steady { rates, highest } => ("steady", steady::steady(bench, rates, *highest).await),
+            Task::Idle => ("idle", idle::idle(bench).await),
+            Task::Bigtx => ("bigtx", bigtx::bigtx(bench).await),
+            Task::Restart => ("restart", restart::restart(bench).await),
+            Task::DropIn => ("drop-in", drop_in::drop_in(bench).await),
+            Task::Pacing => ("pacing", pacing::pacing(bench).await),
+            Task::Gate { update } => ("gate", gate::gate(bench, *update).await),
         };
-        match sections {
-            Ok(sections) => document.sections.extend(sections),
-            Err(failure) => document.sections.push(Section::failed(name, &failure)),
-        }
+        document.sections.push(section.unwrap_or_else(|failure| Section::failed(name, &failure)));
     }
     Ok(())
 }

@@ -82,7 +82,7 @@ pub(super) async fn restart(bench: &Bench<'_>) -> Result<Section> {
 async fn one(bench: &Bench<'_>, arm: &'static str, publisher: &Publisher) -> Result<Round> {
     let mut trial = Trial::start(bench.servers, publisher, bench.number()).await?;
     let first_start_seconds = trial.first_start.as_secs_f64();
-    let rows = u64::from(RATE) * BEFORE.as_secs() + scaled(ROWS, bench.factor).max(u64::from(RATE));
+    let rows = u64::from(RATE) * BEFORE.as_secs() + scaled(ROWS, bench.times).max(u64::from(RATE));
     let mut load = trial.load(RATE, rows).await?;
     tokio::time::sleep_until((load.due(load.from) + BEFORE).into()).await;
     let killed = trial.kill().await?;

@@ -57,6 +57,8 @@ struct Latency {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 struct Highest {
     rows_per_second: u32,
+    /// At that rate; None where none lasts.
+    took: Option<Percentiles>,
     /// Whether it was the writer that did not keep up at the next one.
     is_the_writers: bool,
 }
@@ -95,11 +97,11 @@ async fn one(
 ) -> Result<Round> {
     let mut trial = Trial::start(bench.servers, publisher, bench.number()).await?;
     let (rate, rows) = WARM_UP;
-    at(&mut trial, rate, scaled(rows, bench.factor)).await?;
+    at(&mut trial, rate, scaled(rows, bench.times)).await?;
     let mut latencies = Vec::new();
     for &rate in rates {
         tell(format!("{rate} rows/s"));
-        latencies.push(at(&mut trial, rate, scaled(u64::from(rate * SECONDS), bench.factor)).await?);
+        latencies.push(at(&mut trial, rate, scaled(u64::from(rate * SECONDS), bench.times)).await?);
     }
     let highest = if highest { Some(find_highest(&mut trial, tell).await?) } else { None };
     Ok(Round { arm, latencies, highest, loss: trial.end().await? })
@@ -139,7 +141,8 @@ async fn at(trial: &mut Trial<'_>, rate: u32, rows: u64) -> Result<Latency> {
 impl Highest {
     fn cell(self) -> String {
         let writers = if self.is_the_writers { " (writer)" } else { "" };
-        format!("{}{writers}", self.rows_per_second)
+        let p99 = self.took.map(|took| format!(", P99 {:.1}", f64::from(took.p99_us) / 1e3));
+        format!("{}{}{writers}", self.rows_per_second, p99.unwrap_or_default())
     }
 }
 
@@ -151,18 +154,18 @@ impl Latency {
 
 /// Doubles until a rate does not last, then halves the difference.
 async fn find_highest(trial: &mut Trial<'_>, tell: &dyn Fn(String)) -> Result<Highest> {
-    let (mut lasts, mut fails, mut is_the_writers) = (0, None, false);
+    let (mut lasts, mut fails, mut is_the_writers, mut took) = (0, None, false, None);
     while let Some(rate) = next_rate(lasts, fails) {
         tell(format!("does {rate} rows/s last?"));
         let latency = at(trial, rate, u64::from(rate * TRY_SECONDS)).await?;
         if latency.lasts() {
-            lasts = rate;
+            (lasts, took) = (rate, Some(latency.took));
         } else {
             fails = Some(rate);
             is_the_writers = latency.writer_late_us > u128::from(latency.last_tenth_us / 2);
         }
     }
-    Ok(Highest { rows_per_second: lasts, is_the_writers })
+    Ok(Highest { rows_per_second: lasts, took, is_the_writers })
 }
 
 /// What to try, of what lasted and what did not; None once it is known well enough.
@@ -176,12 +179,13 @@ fn next_rate(lasts: u32, fails: Option<u32>) -> Option<u32> {
 
 fn section(bench: &Bench<'_>, rates: &[u32], rounds: &[Round]) -> Result<Section> {
     let title = format!(
-        "rows at steady rates, each its own transaction: {SECONDS} s of each rate, and who waits for nobody"
+        "rows at steady rates, each its own transaction: {} s of each rate, and who waits for nobody",
+        f64::from(SECONDS) * bench.times
     );
     let mut section = Section::of("steady", title, &rounds)?;
     section.notes.push(format!(
         "milliseconds from when a row was due to be committed until one outside consumer of committed records had it; medians of {} \
-         rounds, P99 with the extremes. MAX: of all rounds. CPU in percent of one processor. HIGHEST: the rate in rows/s, \
+         rounds, P99 with the extremes. MAX: of all rounds. CPU in percent of one processor. HIGHEST: the rate in rows/s and its P99, \
          to {PRECISION}, that {TRY_SECONDS} s of it do not make later and later (one try; \"writer\": beyond it the writer was late itself); \
          writer, Postgres, publisher, Kafka and consumer share the machine",
         bench.rounds
