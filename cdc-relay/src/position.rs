@@ -190,7 +190,8 @@ const ACCEPT: &str = "To accept that: `cdc-relay accept-gap` says what it would 
      slot's confirmed LSN";
 
 /// The other one, for what the outbox still has.
-pub(crate) const REPUBLISH: &str = "To publish what is missing once the relay streams again, behind newer rows: `cdc-relay audit` names the rows \
+pub(crate) const REPUBLISH: &str = "To publish what is missing once the relay streams again, behind newer rows: set retention.mode = \"keep\" \
+     before it starts, because what is missing counts as confirmed then; `cdc-relay audit` names the rows \
      that no topic has, and `cdc-relay replay --id ID --yes` publishes them. To publish it before anything new, accept nothing: drop \
      the slot (SELECT pg_drop_replication_slot('SLOT')), and `cdc-relay init --backfill --order-by COLUMN --where CONDITION` makes a \
      new one and publishes the rows of that condition first";

@@ -154,6 +154,11 @@ fn find_table(connection: &mut Connection, outbox: &Outbox) -> Result<Option<Tab
     Ok(Some(Table { oid: oid.clone(), is_partitioned: kind == "p" }))
 }
 
+/// The outbox's table, by its number as text; None where there is none.
+pub(crate) fn table_oid(connection: &mut Connection, outbox: &Outbox) -> Result<Option<String>, Error> {
+    Ok(find_table(connection, outbox)?.map(|table| table.oid))
+}
+
 fn no_table(outbox: &Outbox) -> Problem {
     let hint = "mend outbox.table, or the database in postgres.url";
     Problem::new(

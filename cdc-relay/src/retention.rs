@@ -105,14 +105,17 @@ impl<'a> Pass<'a> {
     }
 
     fn run(&mut self) -> Result<(), Error> {
+        let mut result = Ok(());
         for outbox in &self.settings.source.outboxes {
-            match &self.settings.retention {
-                Retention::Keep => {}
-                Retention::Delete { older_than, column } => self.delete(outbox, *older_than, column)?,
-                Retention::DropPartitions { older_than } => self.drop_partitions(outbox, *older_than)?,
-            }
+            let done = match &self.settings.retention {
+                Retention::Keep => Ok(()),
+                Retention::Delete { older_than, column } => self.delete(outbox, *older_than, column),
+                Retention::DropPartitions { older_than } => self.drop_partitions(outbox, *older_than),
+            };
+            // What one outbox lacks keeps no other from being cleaned.
+            result = result.and(done);
         }
-        Ok(())
+        result
     }
 
     /// Deletes the old rows of transactions that had ended before now.
@@ -123,8 +126,9 @@ impl<'a> Pass<'a> {
             &[&older_than.as_secs().to_string()],
         )?;
         let Some([Some(before), Some(xmin)]) = rows.first().map(Vec::as_slice) else { return Ok(()) };
+        // Of a row that can be seen, a negative age is one of more than 2^31 transactions.
         let old = format!(
-            "{} < {}::timestamptz AND age(xmin) > age({}::text::xid)",
+            "{} < {}::timestamptz AND (age(xmin) > age({}::text::xid) OR age(xmin) < 0)",
             quote_identifier(column),
             quote_literal(before),
             quote_literal(xmin)

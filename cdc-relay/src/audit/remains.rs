@@ -33,23 +33,26 @@ pub(super) struct Remains {
     is_compacted: bool,
     /// A record is in another partition than its key has now: partitions were added, or somebody else chose it.
     is_mixed: bool,
+    /// Whether a record's time is that of its commit.
+    has_commit_time: bool,
 }
 
 impl Remains {
-    pub(super) fn new(partition_of: PartitionOf) -> Self {
+    pub(super) fn new(partition_of: PartitionOf, has_commit_time: bool) -> Self {
         Self {
             partition_of,
             oldest: BTreeMap::new(),
             cut: BTreeSet::new(),
             is_compacted: false,
             is_mixed: false,
+            has_commit_time,
         }
     }
 
     /// Takes a record that nobody asked for once more, each partition's in order; with its time where it is the relay's.
     pub(super) fn take(&mut self, key: Option<&[u8]>, (partition, offset): (i32, i64), at_ms: Option<i64>) {
         self.is_mixed |= (self.partition_of)(key).is_some_and(|own| own != partition);
-        if let Some(at_ms) = at_ms {
+        if let Some(at_ms) = at_ms.filter(|_| self.has_commit_time) {
             self.oldest.entry(partition).or_insert(Oldest { offset, at_ms });
         }
     }
@@ -105,7 +108,7 @@ mod tests {
 
     /// Keys begin with the number of their partition. Partition 0 begins at offset 10, 1 is whole, 2 is emptied.
     fn remains() -> Remains {
-        let mut remains = Remains::new(Box::new(|key| Some(i32::from(*key?.first()?))));
+        let mut remains = Remains::new(Box::new(|key| Some(i32::from(*key?.first()?))), true);
         remains.take(Some(&[0]), (0, 9), None);
         remains.take(Some(&[0]), (0, 10), Some(T));
         remains.take(Some(&[0]), (0, 11), Some(T + 1));
@@ -162,6 +165,10 @@ mod tests {
         let mut moved = remains();
         moved.end(&[(0, 11)], false);
         assert!(!holds(&moved, 0, None, i64::MAX));
+        let mut of_rows = Remains::new(Box::new(|_| Some(0)), false);
+        of_rows.take(None, (0, 10), Some(T));
+        of_rows.end(&[(0, 10)], false);
+        assert!(!holds(&of_rows, 0, None, i64::MAX), "the time is the row's own");
         let mut compacted = remains();
         compacted.end(&[(0, 10)], true);
         assert!(!holds(&compacted, 0, None, i64::MAX) && !holds(&compacted, 1, None, i64::MAX));

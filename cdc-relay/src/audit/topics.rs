@@ -10,7 +10,7 @@ use rdkafka::{
     Message as _,
     message::{BorrowedMessage, Headers as _},
 };
-use relay_core::Lsn;
+use relay_core::{Lsn, outbox::Outbox};
 use serde::Serialize;
 
 use super::{
@@ -98,7 +98,10 @@ impl<'a> Reader<'a> {
         let mut topic = Topic { name: name.to_owned(), ..Topic::default() };
         let Some(mut history) = self.open(name)? else { return Ok((topic, None)) };
         topic.exists = true;
-        let mut remains = Remains::new(Box::new(history.partition_of()));
+        // A record has its row's own time where there is one, and that is not the one of its commit.
+        let outboxes = &self.settings.source.outboxes;
+        let has_commit_time = !outboxes.iter().any(Outbox::has_timestamp_column);
+        let mut remains = Remains::new(Box::new(history.partition_of()), has_commit_time);
         history.read_on(&|| self.patience(), |message| {
             self.heard.set(Instant::now());
             topic.take(message, tally, &mut remains, &mut find);

@@ -103,7 +103,8 @@ fn shown_by(broker: &str) -> Result<Vec<u8>, String> {
 
 /// When a certificate ends.
 struct Expiry {
-    /// From now; negative once it is over.
+    is_over: bool,
+    /// From now.
     days: i64,
     at: String,
 }
@@ -112,15 +113,17 @@ fn expiry(der: impl AsRef<[u8]>) -> Option<Expiry> {
     let (_, certificate) = parse_x509_certificate(der.as_ref()).ok()?;
     let ends = certificate.validity().not_after;
     let at = chrono::DateTime::from_timestamp(ends.timestamp(), 0)?;
-    Some(Expiry { days: (at - chrono::Utc::now()).num_days(), at: at.format("%Y-%m-%d").to_string() })
+    let left = at - chrono::Utc::now();
+    let is_over = left <= chrono::TimeDelta::zero();
+    Some(Expiry { is_over, days: left.num_days(), at: at.format("%Y-%m-%d").to_string() })
 }
 
 fn tell(what: &str, place: &impl Display, expiry: &Expiry, mend: &[String], report: &mut Report) {
-    let Expiry { days, at } = expiry;
+    let Expiry { is_over, days, at } = expiry;
     if *days >= SOON_DAYS {
         return;
     }
-    let found = if *days < 0 {
+    let found = if *is_over {
         format!("{what} is over since {at}")
     } else {
         format!("{what} ends on {at}, in {days} days")

@@ -79,7 +79,7 @@ fn examine_settings(connection: &mut Connection, report: &mut Report) -> Result<
             "max_slot_wal_keep_size is -1: while the relay or Kafka is away, the log that the slot needs grows until the disk is \
              full and the database stops",
             &[
-                "-- less than what the slots keep now and the disk has left; beyond it a slot is lost, and the database lives:",
+                "-- more than the slots keep now, and no more than that and what the disk has left; beyond it a slot is lost, and the database lives:",
                 &limit,
                 RELOAD,
             ],
@@ -226,23 +226,26 @@ fn examine_retention(
     let ask = |connection: &mut Connection, sql: &str, parameters: &[&str]| {
         Ok::<bool, Error>(connection.value(sql, parameters)?.as_deref() == Some("true"))
     };
-    if !ask(connection, "SELECT (to_regclass($1) IS NOT NULL)::text", &[&name])? {
+    if matches!(settings.retention, Retention::Keep) {
         return Ok(());
     }
+    // Not by its name, for which the role would need the schema.
+    let Some(oid) = publication::table_oid(connection, outbox)? else { return Ok(()) };
     match &settings.retention {
         Retention::Keep => {}
         Retention::Delete { column, .. } => {
-            let may =
-                "SELECT (has_table_privilege($1, 'SELECT') AND has_table_privilege($1, 'DELETE'))::text";
-            if !ask(connection, may, &[&name])? {
+            let may = "SELECT (has_schema_privilege($2, 'USAGE') AND has_table_privilege($1::text::oid, 'SELECT') \
+                 AND has_table_privilege($1::text::oid, 'DELETE'))::text";
+            if !ask(connection, may, &[&oid, schema])? {
                 let found =
                     format!("role {role} may not delete rows of {}, as retention.mode says", outbox.label());
+                let usage = format!("GRANT USAGE ON SCHEMA {} TO {role};", quote_identifier(schema));
                 let grant = format!("GRANT SELECT, DELETE ON {name} TO {role};");
-                report.finding("retention-no-right", &place, found, &[&grant]);
+                report.finding("retention-no-right", &place, found, &[&usage, &grant]);
             }
-            let there = "SELECT EXISTS (SELECT FROM pg_attribute WHERE attrelid = $1::text::regclass AND attname = $2 \
+            let there = "SELECT EXISTS (SELECT FROM pg_attribute WHERE attrelid = $1::text::oid AND attname = $2 \
                          AND attnum > 0 AND NOT attisdropped)::text";
-            if !ask(connection, there, &[&name, column])? {
+            if !ask(connection, there, &[&oid, column])? {
                 let found =
                     format!("the outbox {} has no column {column:?} (retention.column)", outbox.label());
                 let add = format!(
@@ -253,9 +256,9 @@ fn examine_retention(
                 return Ok(());
             }
             let indexed = "SELECT EXISTS (SELECT FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid \
-                           AND a.attnum = i.indkey[0] WHERE i.indrelid = $1::text::regclass AND a.attname = $2 \
+                           AND a.attnum = i.indkey[0] WHERE i.indrelid = $1::text::oid AND a.attname = $2 \
                            AND i.indisvalid)::text";
-            if !ask(connection, indexed, &[&name, column])? {
+            if !ask(connection, indexed, &[&oid, column])? {
                 let found = format!(
                     "no index of {} begins with {column:?}: each look for old rows reads the whole table",
                     outbox.label()
@@ -266,9 +269,9 @@ fn examine_retention(
         }
         Retention::DropPartitions { .. } => {
             let owner = connection.query(
-                "SELECT format('%I', r.rolname), pg_has_role(c.relowner, 'MEMBER')::text FROM pg_class c \
-                 JOIN pg_roles r ON r.oid = c.relowner WHERE c.oid = $1::text::regclass",
-                &[&name],
+                "SELECT format('%I', r.rolname), pg_has_role(c.relowner, 'USAGE')::text FROM pg_class c \
+                 JOIN pg_roles r ON r.oid = c.relowner WHERE c.oid = $1::text::oid",
+                &[&oid],
             )?;
             if let Some([Some(owner), Some(is_member)]) = owner.first().map(Vec::as_slice)
                 && is_member != "true"

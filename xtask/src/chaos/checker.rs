@@ -141,7 +141,7 @@ impl Checker {
         }
     }
 
-    /// The next lines of whole transactions, empty ones too: without them, servers before PostgreSQL 17 give a message no BEGIN. Those of other tables, and others' messages, are there without their text.
+    /// The next lines of whole transactions, empty ones too: without them, older servers give a message no BEGIN. Those of other tables, and others' messages, are there without their text.
     async fn page(&self, connection: &mut PgConnection) -> Result<Vec<(String, Option<String>)>> {
         let ask = sqlx::query_as(
             "SELECT lsn::text, CASE WHEN data LIKE ANY (ARRAY['BEGIN%', 'COMMIT%', 'table public.outbox: INSERT:%', \
