@@ -126,9 +126,10 @@ impl<'a> Pass<'a> {
             &[&older_than.as_secs().to_string()],
         )?;
         let Some([Some(before), Some(xmin)]) = rows.first().map(Vec::as_slice) else { return Ok(()) };
-        // Of a row that can be seen, a negative age is one of more than 2^31 transactions.
+        // Ages wrap: far below 0 is one of more than 2^31 transactions. Not all below 0, because a row that is changed while it is
+        // being deleted is looked at once more, and is younger than what ages are counted from.
         let old = format!(
-            "{} < {}::timestamptz AND (age(xmin) > age({}::text::xid) OR age(xmin) < 0)",
+            "{} < {}::timestamptz AND (age(xmin) > age({}::text::xid) OR age(xmin) < -1000000000)",
             quote_identifier(column),
             quote_literal(before),
             quote_literal(xmin)
